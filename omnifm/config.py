@@ -1,0 +1,240 @@
+"""The one schema of a run. TOML in, frozen and checked objects out; these classes hold the only defaults.
+
+Unknown keys, wrong types and impossible combinations fail here, in one line, before any data is read. The options of a
+strategy are checked by the strategy itself (`[strategies.NAME]`), when `build` looks it up.
+"""
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from omnifm.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of every config section: immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+# TOML tells 1 from 1.0 and people do not: a whole number is a fine float.
+Real = Annotated[float, Field(strict=False, allow_inf_nan=False)]
+
+
+class CohortConfig(Section):
+    """One cohort folder and how it is cut into clients."""
+
+    path: str = Field(description="Folder of the cohort; relative paths are relative to the config file.")
+    clients: int = Field(1, ge=1, description="Number of clients (`natural` and `by_column` find their own).")
+    partition: Literal["natural", "by_modality", "dirichlet", "iid", "by_column"] | None = Field(
+        None, description="How this cohort is cut; null: `federation.partition`."
+    )
+    column: str = Field("", description="The manifest column for `by_column`.")
+
+
+class FederationConfig(Section):
+    """Who takes part, how often, for how long."""
+
+    cohorts: tuple[CohortConfig, ...] = Field((), strict=False, description="The cohorts of the federation.")
+    rounds: int = Field(20, ge=1, description="Communication rounds.")
+    participation: Real = Field(1.0, gt=0.0, le=1.0, description="Fraction of the clients that train in a round.")
+    local_epochs: int = Field(1, ge=1, description="Passes over a client's training images per round.")
+    partition: Literal["natural", "by_modality", "dirichlet", "iid", "by_column"] = Field(
+        "iid", description="How cohorts are cut into clients unless a cohort says otherwise."
+    )
+    gamma: Real = Field(0.5, gt=0.0, description="Concentration of the Dirichlet partition; small is uneven.")
+    min_examples: int = Field(10, ge=1, description="A Dirichlet draw is repeated until each client has this many training rows.")
+    label_space: Literal["name", "cohort"] = Field(
+        "name", description="`name`: equal class names are one class; `cohort`: classes of different cohorts never are."
+    )
+    evaluate_every: int = Field(1, ge=1, description="Rounds between two evaluations on the validation split.")
+    finetune_epochs: int = Field(1, ge=0, description="Local epochs before the `finetuned` test score; 0 leaves it out.")
+
+
+class DataConfig(Section):
+    """What a client sees of its images."""
+
+    image_size: int = Field(64, ge=8, description="Side of the square images, pixels.")
+    channels: Literal[1, 3] = Field(1, description="1: luminance; 3: grey is repeated.")
+    augment: Literal["none", "flip_shift"] = Field(
+        "none", description="`flip_shift`: random mirror image and shift by up to 1/8."
+    )
+    cache: str = Field("", description="Folder of decoded images; empty: the user's cache folder.")
+
+
+class ModelConfig(Section):
+    """The shared network."""
+
+    backbone: Literal["resnet18", "efficientnet_lite0"] = Field("resnet18", description="Network that makes the tokens.")
+    width: int = Field(64, ge=4, description="Channels of ResNet-18's first stage; 64 is the paper's, 16 suits a CPU.")
+    stem_stride: Literal[1, 2] = Field(
+        2, description="Stride of ResNet-18's first convolution; 1 keeps more detail of small images."
+    )
+    norm: Literal["group", "batch"] = Field("group", description="Normalisation layers of ResNet-18.")
+    buffers: Literal["average", "local", "drop"] = Field(
+        "average", description="Running statistics of BatchNorm: averaged, kept by each client, or reset each round."
+    )
+    weights: str = Field("", description="'' from scratch; 'imagenet' (efficientnet_lite0); or a safetensors file.")
+
+    @model_validator(mode="after")
+    def _known_combination(self) -> "ModelConfig":
+        if self.backbone == "resnet18" and self.weights == "imagenet":
+            raise ValueError("model.weights = 'imagenet' comes with model.backbone = 'efficientnet_lite0' alone")
+        if self.backbone == "efficientnet_lite0" and (self.norm != "batch" or self.width != 64):
+            raise ValueError(
+                "efficientnet_lite0 has norm = 'batch' and no width: set model.norm = 'batch' and leave model.width out"
+            )
+        return self
+
+
+class OptimiserConfig(Section):
+    """The optimiser of a client; its state starts anew each round."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Real = Field(0.05, gt=0.0, description="Learning rate of the first round.")
+    momentum: Real = Field(0.9, ge=0.0, lt=1.0, description="SGD only.")
+    weight_decay: Real = Field(1e-4, ge=0.0)
+    schedule: Literal["constant", "cosine"] = Field("constant", description="Learning rate over the rounds.")
+    batch_size: int = Field(32, ge=1)
+    clip_norm: Real = Field(0.0, ge=0.0, description="Largest norm of a step's gradient; 0: no clipping.")
+    finetune_lr: Real | None = Field(None, description="Learning rate before the `finetuned` score; null: `lr`.")
+
+
+class EngineConfig(Section):
+    """Where and how the arithmetic is done. `workers` changes the time a run takes, never its bits."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="`bf16`: autocast of the forward pass; weights stay float32.")
+    channels_last: bool = Field(
+        False, description="Memory layout of images and convolutions; with bf16 2.5 times faster on recent CPUs."
+    )
+    workers: int = Field(1, ge=1, description="Processes that train clients side by side.")
+    threads: int = Field(1, ge=1, description="CPU threads per process; another number may give other last bits.")
+
+
+class Config(Section):
+    """A run, resolved."""
+
+    task: Literal["classification"] = "classification"
+    strategy: str = "omnifm"
+    seed: int = Field(0, ge=0)
+    federation: FederationConfig = FederationConfig.model_construct()
+    data: DataConfig = DataConfig.model_construct()
+    model: ModelConfig = ModelConfig.model_construct()
+    optimiser: OptimiserConfig = OptimiserConfig.model_construct()
+    engine: EngineConfig = EngineConfig.model_construct()
+    strategies: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Options by strategy name.")
+
+    @model_validator(mode="after")
+    def _has_cohorts(self) -> "Config":
+        if not self.federation.cohorts:
+            raise ValueError("federation.cohorts is empty: name at least one cohort folder")
+        if self.federation.label_space == "cohort" and len({c.path for c in self.federation.cohorts}) < len(
+            self.federation.cohorts
+        ):
+            raise ValueError("federation.cohorts names one folder twice: use clients = N instead")
+        return self
+
+
+def one_line(error: ValidationError) -> str:
+    """Return the first complaint of pydantic as one line that starts with the key."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    return f"{key}: {reason}" if key else reason
+
+
+def parse(raw: Mapping[str, Any]) -> Config:
+    """Check a nested mapping. Raises ConfigError with one line that names the key."""
+    try:
+        return Config.model_validate(dict(raw))
+    except ValidationError as error:
+        raise ConfigError(one_line(error)) from None
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML config, apply `key=TOML-VALUE` overrides, check the result.
+
+    Relative cohort paths and weight files in the file are relative to the file; those in overrides to the working folder.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, or a key is wrong.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file ({error})") from None
+    _anchor(raw, path.resolve().parent)
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        key, value = parse_override(override)
+        put(changes, key, value)
+        put(raw, key, value)
+    _anchor(changes, Path.cwd())
+    _anchor(raw, Path.cwd())
+    return parse(raw)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `a.b=VALUE`; VALUE is TOML, or a bare word, which is a string."""
+    key, sign, value = text.partition("=")
+    if not sign or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key.strip()):
+        raise ConfigError(f"--set {text}: expected key=VALUE, e.g. federation.rounds=10")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        if re.fullmatch(r"[A-Za-z_./~][\w./~-]*", value):
+            return key.strip(), value
+        raise ConfigError(f"--set {text}: {value!r} is no TOML value (text needs quotes)") from None
+
+
+def put(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted `key` in nested tables, making tables on the way."""
+    *tables, last = key.split(".")
+    for depth, table in enumerate(tables):
+        inner = raw.setdefault(table, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {key}: {'.'.join(tables[: depth + 1])} is a value, not a table")
+        raw = inner
+    raw[last] = value
+
+
+def _anchor(raw: dict[str, Any], folder: Path) -> None:
+    """Make relative paths absolute. Absolute ones stay, so a second call with another folder changes nothing."""
+    federation = raw.get("federation")
+    cohorts = federation.get("cohorts") if isinstance(federation, dict) else None
+    for cohort in cohorts if isinstance(cohorts, list) else ():
+        if isinstance(cohort, dict) and isinstance(cohort.get("path"), str):
+            cohort["path"] = str((folder / Path(cohort["path"]).expanduser()).resolve())
+    for table, key in (("model", "weights"), ("data", "cache")):
+        section = raw.get(table)
+        value = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(value, str) and value not in ("", "imagenet"):
+            section[key] = str((folder / Path(value).expanduser()).resolve())
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """Return the resolved config as plain data that TOML can hold (null keys are left out: null is their default)."""
+    return config.model_dump(mode="json", exclude_none=True)
+
+
+def digest(config: Config) -> str:
+    """Return 12 hex digits that change with anything that can change a score.
+
+    Workers, the cache folder and the folder a cohort lies in cannot; its name can.
+    """
+    raw = dump(config)
+    raw["engine"].pop("workers")
+    raw["data"].pop("cache")
+    for cohort in raw["federation"]["cohorts"]:
+        cohort["path"] = Path(cohort["path"]).name
+    raw["strategies"] = {config.strategy: raw["strategies"].get(config.strategy, {})}
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:12]
