@@ -1,0 +1,1 @@
+"""What federated learning is: rounds, clients, strategies, sharing, aggregation, evaluation."""

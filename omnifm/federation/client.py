@@ -1,0 +1,266 @@
+"""A site: what answers requests where the data are. Holds one model, whatever the number of clients it answers for."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from omnifm import seeds
+from omnifm.config import EngineConfig, OptimiserConfig
+from omnifm.errors import FederationError
+from omnifm.federation import sharing
+from omnifm.federation.messages import Reply, Request
+from omnifm.federation.state import LocalJob
+from omnifm.federation.store import ClientStore
+from omnifm.federation.strategy import Step, Strategy
+from omnifm.tasks.base import Batch, ClientData, JoinedSplit, Model, Split, Task
+
+STATE = "state:"
+"""Prefix of the strategy's own tensors in a client's private file."""
+POOLED = "pooled"
+"""Name of the client that holds everybody's data (`centralised`)."""
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """What the local loop needs to know of the config."""
+
+    optimiser: OptimiserConfig
+    engine: EngineConfig
+    device: torch.device
+    seed: int
+    rounds: int
+    augmented: bool
+
+
+def learning_rate(optimiser: OptimiserConfig, round_index: int, rounds: int) -> float:
+    """Return the rate of a round: constant, or lr (1 + cos(pi r / R)) / 2."""
+    if optimiser.schedule == "constant":
+        return optimiser.lr
+    return optimiser.lr * 0.5 * (1 + math.cos(math.pi * min(round_index, rounds) / rounds))
+
+
+def build_optimiser(model: nn.Module, config: OptimiserConfig, lr: float) -> torch.optim.Optimizer:
+    """Return a fresh optimiser over the parameters that train. Parameters that no loss reaches keep no gradient and stay."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+class Site:
+    """Answers `Request`s for the clients whose data are here.
+
+    Args:
+        build_model: returns the model, the strategy's modules included; the same one at every site for one seed.
+        task: data, loss and metric.
+        strategy: the client half is used here.
+        clients: ids of the clients of the federation.
+        store: private state.
+        config: optimiser, engine, device.
+    """
+
+    def __init__(
+        self,
+        build_model: Callable[[], Model],
+        task: Task,
+        strategy: Strategy,
+        clients: tuple[str, ...],
+        store: ClientStore,
+        config: LocalConfig,
+    ) -> None:
+        self.task = task
+        self.strategy = strategy
+        self._clients = clients
+        self._store = store
+        self._config = config
+        self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
+        self.model = build_model().to(config.device)
+        if config.engine.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stubs do not
+        self.sharing = sharing.split_state(self.model, strategy.private(self.model), strategy.context.buffers)
+        # Clients that never trained start from these, so the model can be handed from client to client.
+        self._initial = sharing.read(self.model, (*self.sharing.private, *self.sharing.dropped))
+
+    def initial_shared(self) -> dict[str, Tensor]:
+        """Return the shared tensors of the untrained model."""
+        return sharing.read(self.model, self.sharing.shared)
+
+    def has_global(self) -> bool:
+        """Whether the method has a global model: all that is private is what the strategy knows a neutral value for."""
+        private_by_policy = set(self.sharing.private) - self.strategy.private(self.model)
+        return not private_by_policy and self.strategy.globalise(self.model)
+
+    def handle(self, request: Request) -> Reply:
+        """Answer one request. Raises OmnifmError, naming the client, when it cannot."""
+        started = time.perf_counter()
+        answer = {"describe": self._describe, "train": self._train, "evaluate": self._evaluate}[request.kind]
+        reply = answer(request)
+        return Reply(**{**vars(reply), "seconds": time.perf_counter() - started})
+
+    # ------------------------------------------------------------------ the three answers
+    def _describe(self, request: Request) -> Reply:
+        job = self._job(request, {})
+        return self._reply(request, len(job.data.train), extra=self.strategy.describe(job))
+
+    def _train(self, request: Request) -> Reply:
+        state = self._install(request)
+        job = self._job(request, state)
+        config = self._config
+        with seeds.scope(config.seed, "train", request.round, request.client):
+            self.strategy.begin(job)
+            lr = learning_rate(config.optimiser, request.round, config.rounds)
+            losses = self._fit(job, lr, int(request.settings["epochs"]), request.settings.get("budget"), with_strategy=True)
+            upload = self.strategy.finish(job)
+        self._save(request, job)
+        tensors = sharing.read(self.model, self.sharing.shared)
+        count = int(request.settings.get("budget") or len(job.data.train))
+        return self._reply(request, count, tensors, upload.extra, {**losses, **upload.metrics})
+
+    def _evaluate(self, request: Request) -> Reply:
+        """Score one split. `view`: `personal` (own private state), or `global` (the shared model alone)."""
+        settings = request.settings
+        if settings["view"] == "global":
+            sharing.write(self.model, {**self._initial, **request.tensors})
+            self.strategy.globalise(self.model)
+            state: dict[str, Tensor] = {}
+        else:
+            state = self._install(request)
+        job = self._job(request, state)
+        with seeds.scope(self._config.seed, "evaluate", request.round, request.client):
+            self.strategy.begin(job)
+            if settings.get("finetune_epochs"):
+                self._fit(job, float(settings["finetune_lr"]), int(settings["finetune_epochs"]), None, with_strategy=False)
+        states = self._score(job.data.split(settings["split"]))
+        _require_finite(states, request, "a prediction is not finite")
+        return self._reply(request, len(job.data.train), extra=states)
+
+    # ------------------------------------------------------------------ state
+    def _data(self, client: str) -> ClientData:
+        if client != POOLED:
+            return self.task.client_data(client)
+        parts = [self.task.client_data(c) for c in self._clients]
+        return ClientData(*(JoinedSplit([p.split(name) for p in parts]) for name in ("train", "val", "test")))
+
+    def _install(self, request: Request) -> dict[str, Tensor]:
+        """Put shared and private tensors into the model; return the strategy's private tensors."""
+        saved = self._store.load(request.client, request.round)
+        private = {name: tensor for name, tensor in saved.items() if not name.startswith(STATE)}
+        missing = set(self.sharing.shared) - set(request.tensors)
+        if missing:
+            raise FederationError(f"client {request.client}: the request lacks tensor {min(missing)}")
+        try:
+            sharing.write(self.model, {**self._initial, **private, **request.tensors})
+        except FederationError as error:
+            raise FederationError(f"client {request.client}: {error}") from None
+        return {name.removeprefix(STATE): tensor for name, tensor in saved.items() if name.startswith(STATE)}
+
+    def _save(self, request: Request, job: LocalJob) -> None:
+        private = sharing.read(self.model, self.sharing.private)
+        private |= {STATE + name: tensor for name, tensor in job.state.items()}
+        if private:
+            _require_finite(private, request, "a private tensor is not finite after training (lower optimiser.lr?)")
+            self._store.save(request.client, request.round, private, keep=request.settings.get("keep", ()))
+
+    def _job(self, request: Request, state: dict[str, Tensor]) -> LocalJob:
+        return LocalJob(
+            client=request.client,
+            round=request.round,
+            model=self.model,
+            data=self._data(request.client),
+            received=request.extra,
+            anchor=request.tensors,
+            state=state,
+            seed=self._config.seed,
+            device=self._config.device,
+            labels=None if request.client == POOLED else self.task.labels(request.client),
+        )
+
+    @staticmethod
+    def _reply(
+        request: Request,
+        num_examples: int,
+        tensors: Mapping[str, Tensor] | None = None,
+        extra: Mapping[str, Tensor] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Reply:
+        return Reply(request.kind, request.round, request.client, num_examples, tensors or {}, extra or {}, metrics or {})
+
+    # ------------------------------------------------------------------ the one local loop
+    def _batches(self, job: LocalJob, epoch: int, budget: int | None) -> Iterator[Batch]:
+        generator = seeds.generator(self._config.seed, "batches", job.round, job.client, epoch)
+        order = torch.randperm(len(job.data.train), generator=generator)[:budget]
+        for index in order.split(self._config.optimiser.batch_size):
+            # BatchNorm cannot train on one example; skipping it is what FL-bench does.
+            if len(index) > 1 or len(order) == 1:
+                batch = job.data.train.batch(index)
+                yield self.task.augment(batch, generator) if self._config.augmented else batch
+
+    def _fit(self, job: LocalJob, lr: float, epochs: int, budget: int | None, *, with_strategy: bool) -> dict[str, float]:
+        """Train in place; return mean loss and penalty over the steps. Raises FederationError if a loss is not finite."""
+        if not len(job.data.train):
+            raise FederationError(f"client {job.client}: no training examples")
+        optimiser = build_optimiser(self.model, self._config.optimiser, lr)
+        self.model.train()
+        total = torch.zeros(2, device=self._config.device, dtype=torch.float64)
+        steps = 0
+        for epoch in range(epochs):
+            for batch in self._batches(job, epoch, budget):
+                total += self._step(job, batch, optimiser, with_strategy)
+                steps += 1
+        loss, penalty = (total / steps).tolist()
+        if not math.isfinite(loss + penalty):
+            raise FederationError(f"client {job.client}, round {job.round}: the loss is not finite (lower optimiser.lr?)")
+        return {"loss": loss, "penalty": penalty}
+
+    def _step(self, job: LocalJob, batch: Batch, optimiser: torch.optim.Optimizer, with_strategy: bool) -> Tensor:
+        """One optimiser step; return (loss, penalty), detached."""
+        batch = batch.to(self._config.device, self._format)
+        optimiser.zero_grad(set_to_none=True)
+        with self._autocast():
+            output = self.model(batch.image)
+            loss = self.task.loss(output.prediction.float(), batch)
+            step = Step(job, batch, output)
+            penalty = self.strategy.penalty(step) if with_strategy else None
+        (loss if penalty is None else loss + penalty).backward()
+        if with_strategy:
+            self.strategy.correct(step)
+        if self._config.optimiser.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimiser.clip_norm)
+        optimiser.step()
+        return torch.stack([loss.detach(), torch.zeros_like(loss) if penalty is None else penalty.detach()])
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._config.device.type, torch.bfloat16, enabled=self._config.engine.precision == "bf16")
+
+    @torch.no_grad()
+    def _score(self, split: Split) -> dict[str, Tensor]:
+        self.model.eval()
+        metric = self.task.metric()
+        for index in torch.arange(len(split)).split(4 * self._config.optimiser.batch_size):
+            batch = split.batch(index)
+            moved = batch.to(self._config.device, self._format)
+            with self._autocast():
+                prediction = self.model(moved.image).prediction
+            metric.update(prediction.float().cpu(), batch.target, batch.row)
+        return metric.state()
+
+    @torch.no_grad()
+    def predict(self, request: Request, index: Tensor) -> tuple[Tensor, Batch]:
+        """Return a client's predictions for test examples `index`, for pictures."""
+        job = self._job(request, self._install(request))
+        self.strategy.begin(job)
+        self.model.eval()
+        batch = job.data.test.batch(index)
+        with self._autocast():
+            prediction = self.model(batch.to(self._config.device, self._format).image).prediction
+        return prediction.float().cpu(), batch
+
+
+def _require_finite(tensors: Mapping[str, Tensor], request: Request, complaint: str) -> None:
+    """Raise FederationError if a value is not: what stays at the client or becomes a score is seen by no later check."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise FederationError(f"client {request.client}, round {request.round}: {complaint}")

@@ -1,0 +1,153 @@
+"""The one round loop."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from omnifm.config import FederationConfig
+from omnifm.errors import FederationError
+from omnifm.federation.client import POOLED
+from omnifm.federation.messages import Reply, Request, size_by_group
+from omnifm.federation.state import ServerState
+from omnifm.federation.strategy import Strategy
+
+
+class Engine(Protocol):
+    """How messages travel."""
+
+    def exchange(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        """Send requests; yield the replies in request order. Raises FederationError naming a client that does not answer."""
+
+
+class Recorder(Protocol):
+    """Where facts go as they happen."""
+
+    def event(self, record: Mapping[str, Any]) -> None:
+        """Take one fact, JSON-able."""
+
+    def commit(self, server: ServerState, rounds_completed: int) -> None:
+        """Make everything up to here survive a crash."""
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What the loop runs on.
+
+    Attributes:
+        strategy: the server half is used here.
+        engine: carries requests.
+        schedule: client ids of each round.
+        config: rounds, epochs, evaluation.
+        num_train: training examples by client.
+        evaluate: called with (server, rounds completed) when an evaluation is due.
+    """
+
+    strategy: Strategy
+    engine: Engine
+    schedule: Sequence[Sequence[str]]
+    config: FederationConfig
+    num_train: Mapping[str, int]
+    evaluate: Callable[[ServerState, int], None]
+
+
+def run_rounds(federation: Federation, server: ServerState, start: int, recorder: Recorder) -> None:
+    """Run rounds `start`, `start + 1`, ... of the schedule, changing `server` in place.
+
+    Raises:
+        FederationError: a reply is missing, does not fit, or is not finite. The last committed round is left as it was.
+    """
+    if start == 0:
+        introduce(federation, server, recorder)
+    for index in range(start, len(federation.schedule)):
+        _round(federation, server, index, recorder)
+        done = index + 1
+        if done % federation.config.evaluate_every == 0 or done == len(federation.schedule):
+            federation.evaluate(server, done)
+        recorder.commit(server, done)
+
+
+def introduce(federation: Federation, server: ServerState, recorder: Recorder) -> None:
+    """Ask all clients to describe themselves, if the strategy wants to know."""
+    if not federation.strategy.needs_description:
+        return
+    clients = tuple(federation.num_train)
+    replies = {reply.client: reply for reply in federation.engine.exchange(Request("describe", 0, c) for c in clients)}
+    for reply in replies.values():
+        recorder.event({"event": "description", "client": reply.client, "bytes_up": size_by_group({}, reply.extra)})
+    federation.strategy.described(server, replies)
+
+
+def _round(federation: Federation, server: ServerState, index: int, recorder: Recorder) -> None:
+    strategy, sampled = federation.strategy, tuple(federation.schedule[index])
+    down: dict[str, dict[str, int]] = {}
+    losses: dict[str, tuple[float, int]] = {}
+    strategy.begin_round(server)
+    started, aggregating = time.perf_counter(), 0.0
+    for reply in federation.engine.exchange(_requests(federation, server, index, sampled, down)):
+        check_reply(reply, index, server.shared)
+        mark = time.perf_counter()
+        strategy.receive(server, reply)
+        aggregating += time.perf_counter() - mark
+        losses[reply.client] = (reply.metrics["loss"], reply.num_examples)
+        recorder.event(_client_event(reply, index, down.pop(reply.client)))
+    if down:
+        raise FederationError(f"round {index}: no reply from client {min(down)}")
+    mark = time.perf_counter()
+    facts = strategy.end_round(server, index)
+    aggregating += time.perf_counter() - mark
+    total = sum(count for _, count in losses.values())
+    seconds = {"train": time.perf_counter() - started - aggregating, "aggregate": aggregating}
+    loss = sum(value * count for value, count in losses.values()) / total
+    recorder.event({"event": "round", "round": index, "clients": list(sampled), "loss": loss, "seconds": seconds, **facts})
+
+
+def _requests(
+    federation: Federation, server: ServerState, index: int, sampled: Sequence[str], down: dict[str, dict[str, int]]
+) -> Iterator[Request]:
+    strategy = federation.strategy
+    settings: dict[str, Any] = {"epochs": federation.config.local_epochs, "keep": server.meta.get("keep", [])}
+    clients = sampled
+    if strategy.pooled:
+        # As many examples as the sampled clients would have seen, drawn from everybody's.
+        settings["budget"] = sum(federation.num_train[c] for c in sampled)
+        clients = (POOLED,)
+    for client in clients:
+        tensors: Mapping[str, Tensor] = strategy.shared_for(server, client)
+        extra = strategy.extra_for(server, client)
+        down[client] = size_by_group(tensors, extra)
+        yield Request("train", index, client, tensors, extra, settings)
+
+
+def check_reply(reply: Reply, round_index: int, shared: Mapping[str, Tensor]) -> None:
+    """Raise FederationError unless `reply` belongs to this round and its tensors fit the model and are finite."""
+    who = f"client {reply.client}, round {round_index}"
+    if reply.round != round_index:
+        raise FederationError(f"{who}: the reply is for round {reply.round}")
+    if reply.num_examples <= 0:
+        raise FederationError(f"{who}: the reply stands for {reply.num_examples} examples")
+    if reply.tensors.keys() != shared.keys():
+        odd = min(reply.tensors.keys() ^ shared.keys())
+        raise FederationError(f"{who}: tensor {odd} is {'unknown' if odd in reply.tensors else 'missing'}")
+    for name, tensor in reply.tensors.items():
+        if tensor.shape != shared[name].shape:
+            raise FederationError(f"{who}: tensor {name} has shape {tuple(tensor.shape)}, not {tuple(shared[name].shape)}")
+        # A sum is not finite if any element is not; one pass, no mask in memory. Sums overflow only beyond float32's range.
+        if tensor.is_floating_point() and not math.isfinite(float(tensor.sum())):
+            raise FederationError(f"{who}: tensor {name} is not finite")
+
+
+def _client_event(reply: Reply, index: int, down: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "event": "client",
+        "round": index,
+        "client": reply.client,
+        "num_examples": reply.num_examples,
+        "seconds": reply.seconds,
+        "bytes_up": size_by_group(reply.tensors, reply.extra),
+        "bytes_down": dict(down),
+        **reply.metrics,
+    }

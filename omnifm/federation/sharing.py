@@ -1,0 +1,109 @@
+"""Which tensors of a model are shared, private, or frozen. Always by module or module type, never by a piece of a name."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from omnifm.errors import ConfigError, FederationError
+
+BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS: tuple[type[nn.Module], ...] = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm)
+
+
+def names_under(model: nn.Module, part: nn.Module) -> frozenset[str]:
+    """Return the names, in `model`'s state, of all tensors of the submodule `part`.
+
+    Raises:
+        ConfigError: `part` is not inside `model` or holds no tensor.
+    """
+    for prefix, module in model.named_modules():
+        if module is part:
+            names = frozenset(f"{prefix}.{name}" if prefix else name for name in part.state_dict())
+            if names:
+                return names
+    raise ConfigError(f"a sharing rule selects nothing: {type(part).__name__} holds no tensor of the model")
+
+
+def names_of_type(model: nn.Module, types: tuple[type[nn.Module], ...], what: str) -> frozenset[str]:
+    """Return the names of all tensors that belong to modules of `types`.
+
+    Raises:
+        ConfigError: the model has no such module; a rule that selects nothing would silently be FedAvg.
+    """
+    parts = [module for module in model.modules() if isinstance(module, types)]
+    names = frozenset[str]().union(*(names_under(model, part) for part in parts if part.state_dict()))
+    if not names:
+        raise ConfigError(f"a sharing rule selects nothing: the model has no {what}")
+    return names
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The state of a model, split. The four sets are disjoint; together they are the whole state.
+
+    Attributes:
+        shared: travel to the server and back, averaged.
+        private: never leave the client.
+        frozen: parameters that nothing trains; every site builds them from the seed.
+        dropped: buffers that start anew each round.
+    """
+
+    shared: tuple[str, ...]
+    private: tuple[str, ...]
+    frozen: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+def split_state(model: nn.Module, private: Iterable[str], buffers: str) -> Sharing:
+    """Split `model`'s state by the names a strategy declares private and the buffer policy.
+
+    Args:
+        model: the model.
+        private: names that never leave the client.
+        buffers: `average | local | drop`, for buffers that are not private anyway.
+    """
+    keep = frozenset(private)
+    state = model.state_dict()
+    unknown = sorted(keep - state.keys())
+    if unknown:
+        raise ConfigError(f"private tensors that the model does not have: {unknown[0]}")
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    moving = {name for name, _ in model.named_buffers() if name in state}
+    groups: dict[str, list[str]] = {"shared": [], "private": [], "frozen": [], "dropped": []}
+    for name in state:
+        if name in keep:
+            groups["private"].append(name)
+        elif name in frozen:
+            groups["frozen"].append(name)
+        elif name in moving and buffers != "average":
+            groups["private" if buffers == "local" else "dropped"].append(name)
+        else:
+            groups["shared"].append(name)
+    return Sharing(**{key: tuple(names) for key, names in groups.items()})
+
+
+def read(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Copy the named tensors out of `model`, contiguous, on the CPU."""
+    state = model.state_dict()
+    with torch.no_grad():
+        return {n: state[n].detach().to("cpu").clone(memory_format=torch.contiguous_format) for n in names}
+
+
+def write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into `model` in place.
+
+    Raises:
+        FederationError: a name or shape does not fit.
+    """
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name not in state:
+                raise FederationError(f"tensor {name} is not in the model")
+            if state[name].shape != tensor.shape:
+                raise FederationError(
+                    f"tensor {name} has shape {tuple(tensor.shape)}, the model wants {tuple(state[name].shape)}"
+                )
+            state[name].copy_(tensor)

@@ -1,0 +1,86 @@
+"""What is remembered: by the server between rounds, by a client between its rounds, and what never changes during a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnifm.tasks.base import ClientData, Model
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What the server knows of a client: nothing of its images."""
+
+    id: str
+    modality: str
+    num_train: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """Facts of the federation that do not change during a run. Clients and modalities are numbered by their place here."""
+
+    clients: tuple[ClientInfo, ...]
+    seed: int
+    rounds: int
+    buffers: str = "average"
+    one_label_space: bool = True
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities of all clients, sorted."""
+        return tuple(sorted({client.modality for client in self.clients}))
+
+    def client_index(self, client: str) -> int:
+        """Return the number of a client."""
+        return next(i for i, info in enumerate(self.clients) if info.id == client)
+
+    def modality_index(self, client: str) -> int:
+        """Return the number of a client's modality."""
+        return self.modalities.index(self.clients[self.client_index(client)].modality)
+
+
+@dataclass
+class ServerState:
+    """All that the server remembers between rounds; saved whole with every round.
+
+    Attributes:
+        shared: the global model, shared tensors alone.
+        extra: the strategy's tensors (bank, neighbourhood means, control variates), by name.
+        meta: plain values that go with them.
+    """
+
+    shared: dict[str, Tensor]
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LocalJob:
+    """One client at work, from `begin` to `finish`.
+
+    Attributes:
+        client: who.
+        round: rounds completed before this one.
+        model: the model, with the request's shared and the client's private tensors in place.
+        data: the client's splits.
+        received: the request's extra tensors.
+        anchor: the shared tensors as received (theta^t).
+        state: the strategy's private tensors of this client; what `finish` leaves here is kept.
+        seed: root of all randomness.
+        device: where the model is.
+    """
+
+    client: str
+    round: int
+    model: Model
+    data: ClientData
+    received: Mapping[str, Tensor]
+    anchor: Mapping[str, Tensor]
+    state: dict[str, Tensor]
+    seed: int
+    device: torch.device
+    labels: Tensor | None = None

@@ -1,0 +1,96 @@
+"""A client's private state on its own disk: one file per client and round, so that a crash never mixes two rounds.
+
+The state a client has after its training in round r is version r + 1. A request of round r is answered from the newest
+version that is at most r. A server that was killed and asks for round r again therefore gets the state from before r,
+whatever was written in the meantime.
+"""
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from omnifm.errors import CheckpointError, FederationError
+
+_CLIENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file so that `path` is either the old file or the whole new one.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=dict(metadata or {}))
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({error})") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises CheckpointError naming the file when it is missing or cut short."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read, it is missing or damaged ({error})") from None
+
+
+class ClientStore:
+    """Versioned private state below one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _client_folder(self, client: str) -> Path:
+        if not _CLIENT.fullmatch(client):
+            raise FederationError(f"client {client!r}: an id has letters, digits, '_', '-' and '.' only")
+        return self._folder / client
+
+    def versions(self, client: str) -> list[int]:
+        """Return the versions on disk, oldest first."""
+        folder = self._client_folder(client)
+        return sorted(int(p.stem) for p in folder.glob("*.safetensors") if p.stem.isdigit()) if folder.is_dir() else []
+
+    def clients(self) -> list[str]:
+        """Return the clients that have a folder here, sorted."""
+        return sorted(p.name for p in self._folder.iterdir() if p.is_dir()) if self._folder.is_dir() else []
+
+    def path_at(self, client: str, round_index: int) -> Path | None:
+        """Return the file with the client's state before round `round_index`; None if it never trained before."""
+        past = [version for version in self.versions(client) if version <= round_index]
+        return self._path(client, past[-1]) if past else None
+
+    def load(self, client: str, round_index: int) -> dict[str, Tensor]:
+        """Return the client's state before round `round_index`; empty if it never trained before."""
+        path = self.path_at(client, round_index)
+        return read_tensors(path) if path else {}
+
+    def save(self, client: str, round_index: int, tensors: Mapping[str, Tensor], keep: Collection[int] = ()) -> None:
+        """Write the state after round `round_index`, then delete versions that nobody can ask for any more.
+
+        Args:
+            client: whose state.
+            round_index: the round just trained.
+            tensors: the whole private state.
+            keep: further points in time (in completed rounds) whose state must survive, e.g. the best round.
+        """
+        write_tensors(self._path(client, round_index + 1), tensors)
+        versions = self.versions(client)
+        needed = {round_index + 1}
+        for moment in (round_index, *keep):
+            needed |= set([v for v in versions if v <= moment][-1:])
+        for version in versions:
+            if version not in needed and version <= round_index + 1:
+                self._path(client, version).unlink()
+
+    def _path(self, client: str, version: int) -> Path:
+        return self._client_folder(client) / f"{version:06d}.safetensors"

@@ -1,0 +1,1 @@
+"""One file per strategy. `omnifm.build` holds the table of their names."""

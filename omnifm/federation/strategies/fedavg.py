@@ -1,0 +1,11 @@
+"""FedAvg: theta^{t+1} = sum_i p_i theta_i, p_i = n_i / sum_j n_j.
+
+McMahan et al., "Communication-efficient learning of deep networks from decentralized data", AISTATS 2017, Algorithm 1.
+Everything is shared; nothing is sent besides the model.
+"""
+
+from omnifm.federation.strategy import Strategy
+
+
+class FedAvg(Strategy):
+    """Every hook is the default."""

@@ -1,0 +1,249 @@
+"""OmniFM: a server-side bank of spectral prototypes anchors clients that see different modalities.
+
+Liu, Wang, Shan, "OmniFM: Toward Modality-Robust and Task-Agnostic Federated Learning for Heterogeneous Medical Imaging",
+CVPR 2026, arXiv 2603.21660. The client's step is in `omnifm.spectral.compose`; this file says what travels.
+
+down   shared tensors, and a snapshot of the bank
+up     shared tensors, at most K prototypes of the client's s, and how often each row was retrieved
+never  the suffix c; with `private_*` also head, block over r', normalisation layers
+
+preset `paper`: everything but c (and the head, where label spaces differ) is shared, one mean, the bank pruned by retrieval
+frequency. preset `best` adds what our own study found to matter: private head and block, one mean per spectral neighbourhood,
+a floor of bank rows per modality.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from omnifm import seeds
+from omnifm.errors import FederationError
+from omnifm.federation.messages import Reply
+from omnifm.federation.sharing import NORMS, names_of_type, names_under
+from omnifm.federation.state import Context, LocalJob, ServerState
+from omnifm.federation.strategy import Step, Strategy, StrategyOptions, Upload
+from omnifm.spectral.bank import BankRows, KnowledgeBank
+from omnifm.spectral.compose import SpectralOptions, SpectralPath, SpectralTrace
+from omnifm.spectral.gskr import retrieval_counts
+from omnifm.spectral.policies import PolicyName
+from omnifm.spectral.prototypes import prototypes
+from omnifm.spectral.spalign import effective_rank
+from omnifm.tasks.base import Model
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"aggregation": "mean", "head": "auto", "private_block": False, "bank": {"policy": "lfu"}},
+    "best": {"aggregation": "neighbours", "head": "private", "private_block": True, "bank": {"policy": "quota"}},
+}
+_BATCH = 256
+
+
+class BankOptions(BaseModel):
+    """The knowledge bank and what is uploaded to it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    capacity: int = Field(256, ge=1, description="Rows at most.")
+    policy: PolicyName = "quota"
+    prototypes: int = Field(16, ge=1, description="K, rows a client uploads per round.")
+    per_class: bool = Field(False, description="Prototypes within each class instead of over all.")
+    young_rounds: int = Field(3, ge=0, description="Rows younger than this are not pruned by `quota`.")
+    delta: float = Field(0.1, ge=0, le=1, description="`lfu`: rows retrieved less than delta times the mean are pruned.")
+    ageing: float = Field(0.5, gt=0, le=1, description="Counts are multiplied by this each round, where the policy ages.")
+    ema: float = Field(0.5, gt=0, le=1, description="`ema`: weight of a new prototype against the row it updates.")
+
+
+class OmniFMOptions(SpectralOptions, StrategyOptions):
+    """Switches of the path, aggregation, sharing and bank in one table."""
+
+    preset: Literal["paper", "best"] = "best"
+    head: Literal["auto", "shared", "private"] = Field("auto", description="`auto`: private where label spaces differ.")
+    private_block: bool = Field(False, description="The transformer block over r' and its part embeddings stay at the client.")
+    private_norms: bool = Field(False, description="Normalisation layers stay at the client.")
+    bank: BankOptions = BankOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_below(cls, given: Any) -> Any:
+        """A preset gives defaults; what is set by hand wins."""
+        if not isinstance(given, dict):
+            return given
+        preset = PRESETS.get(given.get("preset", "best"), {})
+        bank = given.get("bank", {})
+        merged = {**preset, **given}
+        if isinstance(bank, dict):
+            merged["bank"] = {**preset.get("bank", {}), **bank}
+        if given.get("psp") is False and "private_block" not in given:
+            merged["private_block"] = False  # there is no block to keep
+        return merged
+
+    @model_validator(mode="after")
+    def _parts_exist(self) -> "OmniFMOptions":
+        if self.private_block and not self.psp:
+            raise ValueError("private_block keeps the block over r' private, which exists only with psp = true")
+        return self
+
+
+class OmniFM(Strategy):
+    """FedAvg, plus the spectral path and the bank."""
+
+    Options: ClassVar[type[StrategyOptions]] = OmniFMOptions
+    options: OmniFMOptions
+
+    def __init__(self, options: OmniFMOptions, context: Context) -> None:
+        super().__init__(options, context)
+        self._uses_bank = options.reads_bank
+
+    # ------------------------------------------------------------------ the model
+    def setup(self, model: Model) -> None:
+        """Put the spectral path between backbone and head, unless every switch is off."""
+        if self.options.any:
+            model.path = SpectralPath(self.options, model.backbone.token_dim)
+
+    def private(self, model: Model) -> frozenset[str]:
+        """The suffix always; head, block and norms by option."""
+        names: frozenset[str] = frozenset()
+        path = model.path
+        if isinstance(path, SpectralPath) and path.psp is not None:
+            names |= names_under(model, path.psp.suffix)
+            if self.options.private_block:
+                names |= names_under(model, path.psp.block) | names_under(model, path.psp.parts)
+        if self._private_head:
+            names |= names_under(model, model.head)
+        if self.options.private_norms:
+            names |= names_of_type(model, NORMS, "normalisation layers")
+        return names
+
+    @property
+    def _private_head(self) -> bool:
+        return self.options.head == "private" or (self.options.head == "auto" and not self.context.one_label_space)
+
+    def globalise(self, model: Model) -> bool:
+        """The global model has no client's suffix: c = 0. With other private parts there is none."""
+        if self._private_head or self.options.private_block or self.options.private_norms:
+            return False
+        if isinstance(model.path, SpectralPath) and model.path.psp is not None:
+            nn.init.zeros_(model.path.psp.suffix.token)
+        return True
+
+    # ------------------------------------------------------------------ the client
+    def begin(self, job: LocalJob) -> None:
+        """Install the foreign rows of the bank that came with the request, or of the snapshot kept from the last one."""
+        path = job.model.path
+        if not isinstance(path, SpectralPath):
+            return
+        received = {n: t for n, t in job.received.items() if n.startswith("bank/")} or job.state
+        self._rows = _rows_of(received).foreign(self.context.client_index(job.client)) if received else None
+        path.set_bank(self._rows)
+        self._retrieved: list[Tensor] = []
+
+    def penalty(self, step: Step) -> Tensor | None:
+        """SPAlign (Eq. 5), and a note of which rows were retrieved."""
+        path, trace = step.job.model.path, step.output.trace
+        if not isinstance(path, SpectralPath) or not isinstance(trace, SpectralTrace):
+            return None
+        if trace.index is not None:
+            self._retrieved.append(trace.index.detach())
+        return path.penalty(trace) if self.options.spalign and trace.s_g is not None else None
+
+    def finish(self, job: LocalJob) -> Upload:
+        """Summarise the client's embeddings, report retrievals, keep the snapshot for server-free prediction."""
+        path = job.model.path
+        if not isinstance(path, SpectralPath) or not self._uses_bank:
+            return Upload()
+        s = self._embeddings(job, path)
+        if not bool(s.isfinite().all()):
+            raise FederationError(f"client {job.client}, round {job.round}: a spectral embedding is not finite")
+        bank = self.options.bank
+        generator = seeds.generator(job.seed, "prototypes", job.round, job.client)
+        labels = job.labels if bank.per_class else None
+        vectors, weight = prototypes(s, bank.prototypes, generator, labels, self.options.rho)
+        extra = {"prototypes/vectors": vectors, "prototypes/weight": weight}
+        facts: dict[str, Any] = {"effective_rank": effective_rank(s)}
+        if self._retrieved and self._rows is not None:
+            row_id, count = retrieval_counts(torch.cat(self._retrieved).cpu(), self._rows)
+            extra |= {"retrievals/row_id": row_id, "retrievals/count": count}
+            facts["retrieval"] = self._shares(job.client, row_id, count, self._rows)
+        job.state.clear()
+        job.state.update({name: tensor for name, tensor in job.received.items() if name.startswith("bank/")})
+        return Upload(extra, facts)
+
+    @staticmethod
+    def _embeddings(job: LocalJob, path: SpectralPath) -> Tensor:
+        path.eval()
+        parts = torch.arange(len(job.data.train)).split(_BATCH)
+        return torch.cat([path.embed(job.data.train.batch(part).image.to(job.device)).cpu() for part in parts])
+
+    def _shares(self, client: str, row_id: Tensor, count: Tensor, rows: BankRows) -> dict[str, float]:
+        """Return which share of the retrieved rows was the client's own, of its modality, of another one."""
+        place = {int(row): i for i, row in enumerate(rows.row_id)}
+        index = torch.tensor([place[int(row)] for row in row_id], dtype=torch.int64)
+        weight = count.double() / count.sum().clamp_min(1)
+        own = rows.client[index] == self.context.client_index(client)
+        same = (rows.modality[index] == self.context.modality_index(client)) & ~own
+        shares = {"own": weight[own].sum(), "same": weight[same].sum(), "other": weight[~own & ~same].sum()}
+        return {name: float(value) for name, value in shares.items()}
+
+    # ------------------------------------------------------------------ the server
+    def _bank(self, server: ServerState) -> KnowledgeBank:
+        o, b = self.options, self.options.bank
+        bank = KnowledgeBank(
+            modalities=len(self.context.modalities),
+            capacity=b.capacity,
+            policy=b.policy,
+            dim=o.dim,
+            rho=o.rho,
+            young_rounds=b.young_rounds,
+            delta=b.delta,
+            ageing=b.ageing,
+            per_client=b.prototypes,
+            ema=b.ema,
+        )
+        saved = {name.removeprefix("bank/"): tensor for name, tensor in server.extra.items() if name.startswith("bank/")}
+        if saved:
+            bank.load(saved)
+        return bank
+
+    def extra_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
+        """Return the snapshot of the bank, rows of the client itself included (it leaves them out by its own check)."""
+        if not self._uses_bank:
+            return {}
+        rows = self._bank(server).rows
+        return {f"bank/{n.removeprefix('rows.')}": t for n, t in rows.to_tensors("rows").items()} if len(rows) else {}
+
+    def begin_round(self, server: ServerState) -> None:
+        """Open the bank."""
+        super().begin_round(server)
+        self._open = self._bank(server)
+
+    def receive(self, server: ServerState, reply: Reply) -> None:
+        """Add prototypes and retrieval counts to the bank, tensors to the mean."""
+        super().receive(server, reply)
+        if "prototypes/vectors" not in reply.extra:
+            return
+        if "retrievals/row_id" in reply.extra:
+            self._open.count(reply.extra["retrievals/row_id"], reply.extra["retrievals/count"])
+        client, modality = self.context.client_index(reply.client), self.context.modality_index(reply.client)
+        vectors, weight = reply.extra["prototypes/vectors"], reply.extra["prototypes/weight"]
+        self._open.add(vectors, client, modality, reply.round, weight)
+
+    def end_round(self, server: ServerState, round_index: int) -> dict[str, Any]:
+        """Average, prune the bank, keep it."""
+        facts = super().end_round(server, round_index)
+        if not self._uses_bank:
+            return facts
+        self._open.end_round(round_index)
+        server.extra.update({f"bank/{name}": tensor for name, tensor in self._open.state().items()})
+        counts = torch.bincount(self._open.rows.modality, minlength=len(self.context.modalities)).tolist()
+        by_modality = dict(zip(self.context.modalities, counts, strict=True))
+        return {**facts, "bank": {"rows": len(self._open.rows), "by_modality": by_modality}}
+
+    def bank_rows(self, server: ServerState) -> BankRows | None:
+        """Return the bank's rows, for the run's record; None without a bank."""
+        return self._bank(server).rows if self._uses_bank else None
+
+
+def _rows_of(tensors: Mapping[str, Tensor]) -> BankRows:
+    return BankRows.from_tensors({f"rows.{n.removeprefix('bank/')}": t for n, t in tensors.items()}, "rows")

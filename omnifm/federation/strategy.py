@@ -1,0 +1,143 @@
+"""What a strategy may change, as hooks on the one round loop and the one local loop. The default of each hook is FedAvg.
+
+A strategy object holds options and facts about the federation, never the state of a run: on the server that lives in
+`ServerState`, at a client in `LocalJob.state`, and both are in the checkpoint.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from omnifm.errors import ConfigError
+from omnifm.federation.aggregation import RunningMean, step_towards
+from omnifm.federation.messages import Reply
+from omnifm.federation.neighbourhoods import NeighbourhoodOptions, Neighbourhoods
+from omnifm.federation.state import Context, LocalJob, ServerState
+from omnifm.spectral.rows import BankRows
+from omnifm.tasks.base import Batch, Model, Output
+
+
+class StrategyOptions(NeighbourhoodOptions):
+    """Options every strategy has. The defaults are plain FedAvg."""
+
+    aggregation: Literal["mean", "neighbours"] = Field("mean", description="One mean for all, or one per spectral neighbourhood.")
+    server_step: float = Field(1.0, gt=0, le=1, description="theta <- theta + server_step * (mean - theta).")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step, as `penalty` and `correct` see it."""
+
+    job: LocalJob
+    batch: Batch
+    output: Output
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What a client sends beyond its shared tensors."""
+
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Strategy:
+    """FedAvg (McMahan et al., AISTATS 2017, Algorithm 1) as a set of hooks."""
+
+    Options: ClassVar[type[StrategyOptions]] = StrategyOptions
+    pooled: ClassVar[bool] = False
+    """True: one model is trained on the data of all clients, gathered in one place."""
+    averages: ClassVar[bool] = True
+    """False: no two clients' tensors are ever averaged, so options of averaging are a mistake."""
+
+    def __init__(self, options: StrategyOptions, context: Context) -> None:
+        if not self.averages and (options.aggregation != "mean" or options.server_step != 1):
+            raise ConfigError(
+                f"strategies.{type(self).__name__.lower()}: nothing is averaged; aggregation and server_step do not apply"
+            )
+        self.options = options
+        self.context = context
+        self.neighbourhoods = Neighbourhoods(options, context) if options.aggregation == "neighbours" else None
+
+    # ------------------------------------------------------------------ the model, at every site
+    def setup(self, model: Model) -> None:
+        """Add modules to a freshly built model. Torch's global generator is seeded by the caller."""
+
+    def private(self, model: Model) -> frozenset[str]:
+        """Return the names of the tensors that never leave a client."""
+        del model
+        return frozenset()
+
+    def globalise(self, model: Model) -> bool:
+        """Make `model`, with shared tensors alone in place, the global model. False: the method has none."""
+        return not self.private(model)
+
+    # ------------------------------------------------------------------ at the client
+    def describe(self, job: LocalJob) -> Mapping[str, Tensor]:
+        """Return what the server should know of a client before the first round; asked only if `needs_description`."""
+        return self.neighbourhoods.describe(job) if self.neighbourhoods else {}
+
+    def begin(self, job: LocalJob) -> None:
+        """Prepare a client's model for training or evaluation."""
+
+    def penalty(self, step: Step) -> Tensor | None:
+        """Return a scalar to add to the task loss, or None."""
+        del step
+        return None
+
+    def correct(self, step: Step) -> None:
+        """Change gradients after backward, before clipping and the optimiser's step."""
+
+    def finish(self, job: LocalJob) -> Upload:
+        """Return what else to upload after local training."""
+        del job
+        return Upload()
+
+    # ------------------------------------------------------------------ at the server
+    @property
+    def needs_description(self) -> bool:
+        """Whether clients are asked to `describe` before the first round."""
+        return self.neighbourhoods is not None
+
+    def described(self, server: ServerState, replies: Mapping[str, Reply]) -> None:
+        """Take in the descriptions of all clients, once."""
+        if self.neighbourhoods:
+            self.neighbourhoods.form(server, {client: reply.extra["signature"] for client, reply in replies.items()})
+
+    def shared_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
+        """Return the shared tensors that `client` gets."""
+        return self.neighbourhoods.tensors_for(server, client) if self.neighbourhoods else server.shared
+
+    def extra_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
+        """Return the further tensors that `client` gets with a training or evaluation request."""
+        del server, client
+        return {}
+
+    def begin_round(self, server: ServerState) -> None:
+        """Start a round: empty accumulators."""
+        del server
+        self._mean = RunningMean()
+        if self.neighbourhoods:
+            self.neighbourhoods.begin_round()
+
+    def receive(self, server: ServerState, reply: Reply) -> None:
+        """Take in one reply and let go of it."""
+        self._mean.add(reply.tensors, reply.num_examples)
+        if self.neighbourhoods:
+            self.neighbourhoods.receive(server, reply)
+
+    def end_round(self, server: ServerState, round_index: int) -> dict[str, Any]:
+        """Turn what was received into the next state. Returns facts for the round's event."""
+        del round_index
+        if self.neighbourhoods:
+            self.neighbourhoods.end_round(server, self.options.server_step)
+        server.shared = step_towards(server.shared, self._mean.value(), self.options.server_step)
+        return {"neighbourhoods": server.meta.get("neighbourhoods")}
+
+    def bank_rows(self, server: ServerState) -> BankRows | None:
+        """Return the rows of the strategy's knowledge bank, for the run's record; None without a bank."""
+        del server
+        return None

@@ -1,0 +1,1 @@
+"""Metrics whose states merge across clients exactly."""

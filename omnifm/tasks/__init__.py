@@ -1,0 +1,1 @@
+"""Tasks: everything that differs between classification and, say, segmentation."""
