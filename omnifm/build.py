@@ -1,0 +1,185 @@
+"""The composition root: from a `Config` to the objects of a run. One table per plug-in kind, NAME -> "module:Class"."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from omnifm import seeds
+from omnifm.config import Config, one_line
+from omnifm.data.cache import CachedImages, default_cache_dir, load_images
+from omnifm.data.cohort import Cohort
+from omnifm.data.partition import ClientPlan, partition
+from omnifm.data.vetted import require_vetted
+from omnifm.engines.inprocess import InProcessEngine
+from omnifm.engines.workers import WorkerEngine
+from omnifm.errors import ConfigError, DataError
+from omnifm.federation.client import LocalConfig, Site
+from omnifm.federation.state import ClientInfo, Context
+from omnifm.federation.store import ClientStore
+from omnifm.federation.strategy import Strategy, StrategyOptions
+from omnifm.tasks.base import Model, Task
+
+STRATEGIES = {
+    "local": "omnifm.federation.strategies.local:Local",
+    "centralised": "omnifm.federation.strategies.centralised:Centralised",
+    "fedavg": "omnifm.federation.strategies.fedavg:FedAvg",
+    "fedprox": "omnifm.federation.strategies.fedprox:FedProx",
+    "fedper": "omnifm.federation.strategies.fedper:FedPer",
+    "omnifm": "omnifm.federation.strategies.omnifm:OmniFM",
+}
+TASKS = {"classification": "omnifm.tasks.classification:Classification"}
+
+
+def lookup(table: Mapping[str, str], kind: str, name: str) -> type[Any]:
+    """Return the class called `name`. Raises ConfigError that lists the known names."""
+    if name not in table:
+        raise ConfigError(f"{kind} = {name!r}: unknown; known are {', '.join(sorted(table))}")
+    module, _, attribute = table[name].partition(":")
+    found: type[Any] = getattr(import_module(module), attribute)
+    return found
+
+
+def strategy_options(config: Config) -> tuple[type[Strategy], StrategyOptions]:
+    """Return the strategy's class and its checked options. Tables of other strategies are checked too: a typo is a typo."""
+    chosen: tuple[type[Strategy], StrategyOptions] | None = None
+    for name in dict.fromkeys([*config.strategies, config.strategy]):
+        found = lookup(STRATEGIES, "strategy", name)
+        try:
+            options = found.Options.model_validate(config.strategies.get(name, {}))
+        except ValidationError as error:
+            raise ConfigError(f"strategies.{name}.{one_line(error)}") from None
+        if name == config.strategy:
+            chosen = found, options
+    assert chosen is not None  # the loop visits config.strategy
+    return chosen
+
+
+@dataclass(frozen=True)
+class Data:
+    """Cohorts and images by cohort name, and the clients they are cut into."""
+
+    cohorts: dict[str, Cohort]
+    images: dict[str, CachedImages]
+    plans: tuple[ClientPlan, ...]
+
+
+def load_data(config: Config, *, check: bool = True) -> Data:
+    """Read, check, cut and decode the cohorts.
+
+    Args:
+        config: the run.
+        check: validate cohorts that changed since they were last found sound; a worker process need not.
+
+    Raises:
+        DataError: a cohort has a problem, is for another task, or cannot be cut as asked.
+    """
+    cache = Path(config.data.cache) if config.data.cache else default_cache_dir()
+    cohorts: dict[str, Cohort] = {}
+    plans: list[ClientPlan] = []
+    for entry in config.federation.cohorts:
+        cohort = Cohort.read(Path(entry.path), seed=config.seed)
+        if cohort.name in cohorts:
+            raise DataError(f"cohort {cohort.name}: two cohorts of the federation have this name")
+        if cohort.spec.task != config.task:
+            raise DataError(f"cohort {cohort.name}: its task is {cohort.spec.task}, the run's is {config.task}")
+        cohorts[cohort.name] = cohort
+        plans += partition(
+            cohort,
+            clients=entry.clients,
+            kind=entry.partition or config.federation.partition,
+            gamma=config.federation.gamma,
+            min_examples=config.federation.min_examples,
+            column=entry.column,
+            seed=config.seed,
+        )
+    if check:
+        require_vetted(cohorts.values(), cache)
+    images = {name: load_images(cohort, config.data.image_size, config.data.channels, cache) for name, cohort in cohorts.items()}
+    return Data(cohorts, images, tuple(plans))
+
+
+def make_task(config: Config, data: Data) -> Task:
+    """Return the task of the run."""
+    task: Task = lookup(TASKS, "task", config.task)(config, data.cohorts, data.images, data.plans)
+    return task
+
+
+def make_strategy(config: Config, data: Data, task: Task) -> Strategy:
+    """Return the strategy of the run."""
+    found, options = strategy_options(config)
+    clients = tuple(ClientInfo(plan.id, plan.modality, len(plan.train)) for plan in data.plans)
+    rounds = config.federation.rounds
+    return found(options, Context(clients, config.seed, rounds, config.model.buffers, task.one_label_space))
+
+
+def make_model(config: Config, task: Task, strategy: Strategy) -> Model:
+    """Build the model. Each part has its own stream, so that adding one part leaves the others' weights as they are.
+
+    Raises:
+        ConfigError: parts do not fit each other, or an image of the configured size.
+    """
+    with seeds.scope(config.seed, "init", "backbone"):
+        backbone = task.backbone()
+    with seeds.scope(config.seed, "init", "head"):
+        head = task.head(backbone.token_dim)
+    model = Model(backbone, head)
+    try:
+        with seeds.scope(config.seed, "init", "strategy"):
+            strategy.setup(model)
+            model.eval()
+            with torch.no_grad():
+                model(torch.zeros(2, config.data.channels, config.data.image_size, config.data.image_size))
+    except (ValueError, DataError) as error:
+        raise ConfigError(f"the model cannot be built: {error}") from None
+    return model
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device for `auto | cpu | cuda | mps`. Raises ConfigError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, is_there in there.items() if is_there))
+    if not there[name]:
+        raise ConfigError(f"engine.device = {name!r}: this machine has none (use 'auto')")
+    return torch.device(name)
+
+
+def prepare_process(config: Config) -> torch.device:
+    """Set the threads and the determinism of this process; return its device."""
+    torch.set_num_threads(config.engine.threads)
+    device = device_of(config.engine.device)
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    return device
+
+
+def make_site(config: Config, store: Path, data: Data | None = None) -> Site:
+    """Build a site: in this process with `data` at hand, or in a worker process, which loads them."""
+    device = prepare_process(config)
+    data = data or load_data(config, check=False)
+    task = make_task(config, data)
+    strategy = make_strategy(config, data, task)
+    local = LocalConfig(
+        optimiser=config.optimiser,
+        engine=config.engine,
+        device=device,
+        seed=config.seed,
+        rounds=config.federation.rounds,
+        augmented=config.data.augment != "none",
+    )
+    clients = tuple(plan.id for plan in data.plans)
+    return Site(partial(make_model, config, task, strategy), task, strategy, clients, ClientStore(store), local)
+
+
+def make_engine(config: Config, site: Site, store: Path) -> InProcessEngine | WorkerEngine:
+    """Return the engine. With more than one worker, sites are built in processes of their own."""
+    if config.engine.workers == 1:
+        return InProcessEngine(site)
+    return WorkerEngine(partial(make_site, config, store), config.engine.workers)

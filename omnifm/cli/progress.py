@@ -1,0 +1,61 @@
+"""The live view of a run: rounds, clients, loss, score, time left."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class RunView:
+    """A progress bar that is fed with the events of a run. Where there is no terminal, a line per evaluation is printed."""
+
+    def __init__(self, title: str) -> None:
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._bar = self._progress.add_task(f"{title}: reading data", total=None, facts="")
+        self._title = title
+        self._facts: dict[str, str] = {}
+        self._per_round = 1
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def event(self, record: Mapping[str, Any]) -> None:
+        """Take one event."""
+        kind = record["event"]
+        if kind == "start":
+            self._per_round = record["per_round"]
+            self._progress.update(
+                self._bar, description=f"{self._title}, rounds", total=record["rounds"], completed=record["completed"]
+            )
+        elif kind == "client":
+            self._facts["client"] = record["client"]
+        elif kind == "round":
+            self._facts.update(client=f"{len(record['clients'])} clients", loss=f"loss {record['loss']:.3f}")
+            self._progress.update(self._bar, completed=record["round"] + 1)
+        elif kind == "evaluation":
+            self._evaluation(record)
+        self._progress.update(self._bar, facts="  ".join(self._facts.values()))
+
+    def _evaluation(self, record: Mapping[str, Any]) -> None:
+        name, score = next(iter(record["personal"].items()), ("score", None))
+        shown = "undefined" if score is None else f"{score:.3f}"
+        self._facts["score"] = f"val {name} {shown}"
+        if not self._console.is_terminal:
+            loss = self._facts.get("loss", "")
+            self._console.print(f"round {record['round'] + 1}: {loss}, personal {name} on validation {shown}", highlight=False)

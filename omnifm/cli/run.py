@@ -1,0 +1,55 @@
+"""`omnifm run`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Config = Annotated[Path, typer.Argument(help="A TOML config, e.g. configs/demo.toml.")]
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key; VALUE is TOML. May be repeated.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run [default: runs/CONFIG-STRATEGY-SEED].")]
+
+
+def run(config: Config, set_: Set = [], out: Out = None, resume: Resume = False) -> None:  # noqa: B006  # typer copies it
+    """Train and test one federation; leave scores, checkpoint and report in a folder."""
+    from omnifm.cli.progress import RunView
+    from omnifm.config import load
+
+    settings = load(config, set_)
+    folder = out or Path("runs") / f"{config.stem}-{settings.strategy}-{settings.seed}"
+    with RunView(f"{settings.strategy} on {config.name}") as view:
+        from omnifm.run import execute
+
+        metrics = execute(settings, folder, resume=resume, watch=view.event)
+    print_scores(metrics)
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
+def print_scores(metrics: dict[str, Any]) -> None:
+    """Print the test scores, one row per view, and what they cost."""
+    from rich.console import Console
+    from rich.table import Table
+
+    views = {view: scores for view, scores in metrics["test"].items() if scores}
+    best = (metrics["best"] or {}).get("test", {})
+    title = f"{metrics['strategy']}, test split" + (" (simulated data)" if metrics["simulated"] else "")
+    table = Table(title=title)
+    for column in ("score", *views, *(f"{view} (best val.)" for view in views)):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for name in dict.fromkeys(name for scores in views.values() for name in scores):
+        cells = [_number(scores.get(name)) for scores in views.values()]
+        cells += [_number((best.get(view) or {}).get(name)) for view in views]
+        table.add_row(name, *cells)
+    console = Console()
+    console.print(table)
+    traffic, seconds = metrics["bytes"], metrics["seconds"]
+    console.print(
+        f"{traffic['up'] / 2**20:.1f} MiB up, {traffic['down'] / 2**20:.1f} MiB down "
+        f"(bank {(traffic['bank_up'] + traffic['bank_down']) / 2**20:.2f}); "
+        f"{seconds['total']:.0f} s; {metrics['peak_rss_mib']:.0f} MiB at most"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"

@@ -1,0 +1,211 @@
+"""Many runs of one config: strategies x participation x seeds. Resumable: a cell that is finished is not run again."""
+
+import csv
+import io
+import itertools
+import multiprocessing
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omnifm.config import Config, digest, load
+from omnifm.errors import CheckpointError, ConfigError, OmnifmError
+from omnifm.track.folder import read_json, write_text
+
+_VIEWS = ("personal", "global", "worst", "finetuned")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the comparison: a strategy, perhaps with changed keys."""
+
+    strategy: str
+    name: str = ""
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    variant: Variant
+    participation: float
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """The cell's folder."""
+        label = "-".join(filter(None, (self.variant.strategy, self.variant.name)))
+        return f"{label}-p{self.participation:g}-s{self.seed}"
+
+
+def read_variants(path: Path) -> list[Variant]:
+    """Read `[NAME]` tables with `strategy` and `set` from a TOML file.
+
+    Raises:
+        ConfigError: the file is missing, or a table has a bad name, other keys or other types.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file ({error})") from None
+    for name, table in raw.items():
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise ConfigError(f"{path}: [{name!r}] names a folder, so it may have letters, digits, '_', '-' and '.' only")
+        if not isinstance(table, dict) or not _is_variant(table):
+            raise ConfigError(f"{path}: [{name}] needs the key strategy, and may have set = ['key=value', ...]")
+    return [Variant(table["strategy"], name, tuple(table.get("set", ()))) for name, table in raw.items()]
+
+
+def _is_variant(table: Mapping[str, Any]) -> bool:
+    overrides = table.get("set", [])
+    texts = [table.get("strategy"), *overrides] if isinstance(overrides, list) else [None]
+    return set(table) <= {"strategy", "set"} and all(isinstance(text, str) for text in texts)
+
+
+def plan_cells(
+    path: Path, variants: Sequence[Variant], seeds: Sequence[int], participation: Sequence[float], overrides: Sequence[str]
+) -> list[Cell]:
+    """Return the cells, every config of them checked before the first run starts.
+
+    Raises:
+        ConfigError: a config is wrong, there is no cell, or two cells would share a folder.
+    """
+    from omnifm.build import strategy_options
+
+    levels = list(participation) or [load(path, overrides).federation.participation]
+    cells = []
+    for level, seed, variant in itertools.product(levels, seeds, variants):
+        own = [f"strategy={variant.strategy!r}", f"seed={seed}", f"federation.participation={level}"]
+        config = load(path, [*overrides, *own, *variant.overrides])
+        strategy_options(config)
+        cells.append(Cell(variant, level, seed, config))
+    names = [cell.name for cell in cells]
+    if not names:
+        raise ConfigError("nothing to compare: give at least one strategy or variant, and one seed")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"cell {twice[0]} is asked for twice: name each strategy, variant, seed and participation once")
+    return cells
+
+
+def run_cells(cells: Sequence[Cell], out: Path, jobs: int = 1) -> Iterator[tuple[Cell, str]]:
+    """Run what is not finished; yield each cell and `ok`, or the one line that says why it failed."""
+    todo = [cell for cell in cells if not _finished(cell, out)]
+    yield from ((cell, "ok") for cell in cells if cell not in todo)
+    if jobs == 1:
+        yield from ((cell, _run_cell(cell, out)) for cell in todo)
+        return
+    lost = []
+    for cell, outcome in _run_side_by_side(todo, out, jobs):
+        if outcome is None:
+            lost.append(cell)
+        else:
+            yield cell, outcome
+    # A process that dies takes the pool's other cells with it: each gets another try, alone.
+    for cell in lost:
+        _, outcome = next(_run_side_by_side([cell], out, 1))
+        yield cell, outcome or "its process has died (killed, or out of memory)"
+
+
+def _run_side_by_side(cells: Sequence[Cell], out: Path, jobs: int) -> Iterator[tuple[Cell, str | None]]:
+    """Run cells in a pool of processes; None is the outcome of those whose pool broke."""
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures: dict[Future[str], Cell] = {pool.submit(_run_cell, cell, out): cell for cell in cells}
+        for future in as_completed(futures):
+            try:
+                yield futures[future], future.result()
+            except BrokenProcessPool:
+                yield futures[future], None
+
+
+def _finished(cell: Cell, out: Path) -> bool:
+    path = out / "cells" / cell.name / "metrics.json"
+    try:
+        return path.is_file() and read_json(path).get("config_hash") == digest(cell.config)
+    except CheckpointError:
+        return False  # to be run like the unfinished ones, which makes it a line of the table that names the damaged file
+
+
+def _run_cell(cell: Cell, out: Path) -> str:
+    from omnifm.run import execute
+
+    try:
+        execute(cell.config, out / "cells" / cell.name, resume=True)
+    except OmnifmError as error:
+        return str(error)
+    return "ok"
+
+
+def write_table(cells: Iterable[Cell], status: Mapping[str, str], out: Path) -> Path:
+    """Write `table.csv`: a line per cell that was run, with its scores and what it cost; empty is undefined."""
+    rows = [_row(cell, status[cell.name], out) for cell in cells if cell.name in status]
+    columns = list(dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path = out / "table.csv"
+    write_text(path, text.getvalue())
+    return path
+
+
+def _row(cell: Cell, status: str, out: Path) -> dict[str, Any]:
+    federation = cell.config.federation
+    row: dict[str, Any] = {
+        "cell": cell.name,
+        "strategy": cell.variant.strategy,
+        "variant": cell.variant.name,
+        "participation": cell.participation,
+        "seed": cell.seed,
+        "rounds": federation.rounds,
+        "status": status,
+    }
+    folder = out / "cells" / cell.name
+    if status != "ok":
+        return row
+    metrics, machine = read_json(folder / "metrics.json"), read_json(folder / "environment.json")
+    row |= _scores(metrics["test"], "")
+    row |= _scores((metrics["best"] or {}).get("test", {}), "best_")
+    row |= {"best_validation_round": metrics["best_validation_round"]}
+    row |= {f"bytes_{way}": metrics["bytes"][way] for way in ("up", "down")}
+    row |= {way: metrics["bytes"][way] for way in ("bank_up", "bank_down")}
+    row |= {"seconds": round(metrics["seconds"]["total"], 1), "peak_rss_mib": round(metrics["peak_rss_mib"])}
+    return row | {"commit": machine["commit"], "config_hash": metrics["config_hash"], "machine": machine["machine"]}
+
+
+def _scores(views: Mapping[str, Mapping[str, float | None] | None], prefix: str) -> dict[str, float | None]:
+    return {
+        f"{prefix}{view}_{name}": None if value is None else round(value, 6)
+        for view in _VIEWS
+        for name, value in (views.get(view) or {}).items()
+    }
+
+
+Shown = Callable[[Cell, str], None]
+
+
+def compare(cells: Sequence[Cell], out: Path, *, jobs: int = 1, show: Shown | None = None) -> dict[str, str]:
+    """Run all cells, keep the table up to date after each, write the report. Returns the status of each cell."""
+    from omnifm.report.html import write_comparison
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made ({error.strerror})") from None
+    status: dict[str, str] = {}
+    for cell, outcome in run_cells(cells, out, jobs):
+        status[cell.name] = outcome
+        write_table(cells, status, out)
+        if show:
+            show(cell, outcome)
+    if "ok" in status.values():
+        write_comparison(out)
+    return status

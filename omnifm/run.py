@@ -1,0 +1,226 @@
+"""One run from config to report: build, train round by round, evaluate, leave a folder that says all."""
+
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omnifm import build
+from omnifm.config import Config, digest, dump, load
+from omnifm.data.heterogeneity import heterogeneity
+from omnifm.data.partition import plans_digest
+from omnifm.engines.inprocess import InProcessEngine
+from omnifm.engines.workers import WorkerEngine
+from omnifm.errors import CheckpointError
+from omnifm.federation.client import Site
+from omnifm.federation.evaluation import Evaluation, Evaluator
+from omnifm.federation.rounds import Federation, run_rounds
+from omnifm.federation.schedule import draw_schedule
+from omnifm.federation.state import ServerState
+from omnifm.federation.strategy import Strategy
+from omnifm.tasks.base import Task
+from omnifm.track.checkpoint import Checkpoint
+from omnifm.track.examples import save_examples
+from omnifm.track.folder import environment, read_json, write_config, write_json
+from omnifm.track.recorder import RunRecorder, Watcher
+from omnifm.track.snapshots import save_bank
+from omnifm.track.summary import totals
+
+_SNAPSHOTS = 10
+
+
+@dataclass
+class _Parts:
+    """Everything a run is made of."""
+
+    config: Config
+    out: Path
+    data: build.Data
+    task: Task
+    strategy: Strategy
+    site: Site
+    engine: InProcessEngine | WorkerEngine
+    evaluator: Evaluator
+    checkpoint: Checkpoint
+    recorder: RunRecorder
+
+
+def execute(config: Config, out: Path, *, resume: bool = False, watch: Watcher | None = None) -> dict[str, Any]:
+    """Run `config` in the folder `out`; return what `metrics.json` holds.
+
+    Raises:
+        OmnifmError: bad config or data, a folder in use, a damaged checkpoint, a client that fails.
+    """
+    if _is_finished(config, out, resume):
+        return read_json(out / "metrics.json")
+    parts = _assemble(config, out, build.load_data(config), watch)
+    try:
+        server = _start(parts, resume)
+        _train(parts, *server)
+        metrics = _finish(parts)
+    finally:
+        parts.recorder.close()
+        parts.engine.close()
+    write_json(out / "metrics.json", metrics)
+    from omnifm.report.html import write_report
+
+    write_report(out)
+    return metrics
+
+
+def _is_finished(config: Config, out: Path, resume: bool) -> bool:
+    """Check that `out` may be used. Raises CheckpointError if it holds another run, or one that was not to be resumed."""
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: is a file, not a folder")
+    # A start that was killed while it wrote its first file leaves a partial one.
+    if not out.exists() or all(path.suffix == ".part" for path in out.iterdir()):
+        return False
+    if not (out / "config.toml").is_file():
+        raise CheckpointError(f"{out}: is not empty and holds no run; name another folder with --out")
+    if not resume:
+        raise CheckpointError(f"{out}: already holds a run; continue it with --resume, or name another folder with --out")
+    if digest(load(out / "config.toml")) != digest(config):
+        raise CheckpointError(f"{out}: was started with another config; --resume needs the same one")
+    return (out / "metrics.json").is_file() and (out / "report.html").is_file()
+
+
+def _assemble(config: Config, out: Path, data: build.Data, watch: Watcher | None) -> _Parts:
+    checkpoint = Checkpoint(out / "checkpoint")
+    site = build.make_site(config, checkpoint.clients, data)
+    task, strategy = site.task, site.strategy
+    _claim(config, out)
+    recorder = RunRecorder(out, checkpoint, task.primary, watch)
+    engine = build.make_engine(config, site, checkpoint.clients)
+    sizes = {p.id: {"train": len(p.train), "val": len(p.val), "test": len(p.test)} for p in data.plans}
+    evaluator = Evaluator(task, strategy, engine, sizes, config.federation, config.optimiser, site.has_global())
+    return _Parts(config, out, data, task, strategy, site, engine, evaluator, checkpoint, recorder)
+
+
+def _claim(config: Config, out: Path) -> None:
+    """Make the folder this run's. The config is its first file: a folder without one is nobody's and cannot be resumed."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be made ({error.strerror})") from None
+    if not (out / "config.toml").is_file():
+        write_config(out / "config.toml", dump(config))
+
+
+def _start(parts: _Parts, resume: bool) -> tuple[ServerState, int]:
+    """Return the state to go on from and the rounds completed."""
+    if resume and parts.checkpoint.exists():
+        _require_same_split(parts)
+        server, record = parts.checkpoint.load()
+        parts.recorder.rewind(record)
+        return server, int(record["rounds_completed"])
+    # Nothing was committed yet: whatever an interrupted start left behind counts for nothing.
+    parts.recorder.rewind({"rounds_completed": 0, "events_bytes": 0, "seconds": 0.0, "best": None})
+    write_json(parts.out / "environment.json", environment())
+    write_json(parts.out / "split.json", split_record(parts.config, parts.data))
+    return ServerState(shared=parts.site.initial_shared()), 0
+
+
+def _require_same_split(parts: _Parts) -> None:
+    path = parts.out / "split.json"
+    if read_json(path).get("sha256") != plans_digest(parts.data.plans):
+        raise CheckpointError(f"{path}: the cohorts are not those this run was started with; start anew with another --out")
+
+
+def split_record(config: Config, data: build.Data) -> dict[str, Any]:
+    """Return who holds which rows, its SHA-256, and how heterogeneous that is."""
+    return {
+        "sha256": plans_digest(data.plans),
+        "seed": config.seed,
+        "heterogeneity": asdict(heterogeneity(data.cohorts, data.plans)),
+        "clients": [asdict(plan) for plan in data.plans],
+        "simulated": _simulated(data),
+    }
+
+
+def _simulated(data: build.Data) -> bool:
+    return any("simulated" in cohort.spec.title.lower() for cohort in data.cohorts.values())
+
+
+def _train(parts: _Parts, server: ServerState, completed: int) -> None:
+    config, plans = parts.config.federation, parts.data.plans
+    schedule = draw_schedule([p.id for p in plans], config.rounds, config.participation, parts.config.seed)
+    parts.recorder.announce(completed, config.rounds, len(schedule[0]), len(plans))
+    federation = Federation(
+        strategy=parts.strategy,
+        engine=parts.engine,
+        schedule=schedule,
+        config=config,
+        num_train={p.id: len(p.train) for p in plans},
+        evaluate=lambda state, done: _evaluate_validation(parts, state, done),
+    )
+    run_rounds(federation, server, completed, parts.recorder)
+
+
+def _evaluate_validation(parts: _Parts, server: ServerState, done: int) -> None:
+    started = time.perf_counter()
+    found = parts.evaluator.evaluate(server, done, "val")
+    clients = {client: views["personal"] for client, views in found.clients.items()}
+    record = {"event": "evaluation", "round": done - 1, "split": "val", **found.views, "clients": clients}
+    parts.recorder.event({**record, "seconds": time.perf_counter() - started})
+    rows, rounds = parts.strategy.bank_rows(server), parts.config.federation.rounds
+    if rows is not None and (done % max(1, rounds // _SNAPSHOTS) == 0 or done == rounds):
+        save_bank(parts.out / "bank", done - 1, rows, parts.strategy.context)
+
+
+def _finish(parts: _Parts) -> dict[str, Any]:
+    """Test the last and the best round; return what `metrics.json` holds."""
+    started = time.perf_counter()
+    tested: dict[str, Evaluation] = {}
+    best_round: int | None = None
+    for name in ("last", "best"):
+        if parts.checkpoint.exists(name):
+            server, record = parts.checkpoint.load(name)
+            done = int(record["rounds_completed"])
+            best_round = done - 1 if name == "best" else best_round
+            tested[name] = parts.evaluator.evaluate(server, done, "test", finetune=True)
+            if name == "last":
+                save_examples(parts.out / "examples", parts.site, parts.strategy, server, done)
+    config = parts.config
+    return {
+        "task": config.task,
+        "strategy": config.strategy,
+        "seed": config.seed,
+        "rounds": config.federation.rounds,
+        "participation": config.federation.participation,
+        "primary": parts.task.primary,
+        "config_hash": digest(config),
+        "simulated": _simulated(parts.data),
+        "clients": _client_table(parts, tested["last"]),
+        "test": tested["last"].views,
+        "best": {"round": best_round, "test": tested["best"].views, "clients": _client_table(parts, tested["best"])}
+        if "best" in tested
+        else None,
+        "best_validation_round": best_round,
+        **totals(parts.out / "events.jsonl", time.perf_counter() - started, parts.recorder.seconds),
+        "peak_rss_mib": peak_rss_mib(config.engine.workers),
+    }
+
+
+def _client_table(parts: _Parts, found: Evaluation) -> list[dict[str, Any]]:
+    views = ("global", "personal", "finetuned")
+    return [
+        {
+            "id": plan.id,
+            "cohort": plan.cohort,
+            "modality": plan.modality,
+            "num_train": len(plan.train),
+            "num_test": len(plan.test),
+            "test": {view: found.clients[plan.id].get(view) for view in views},
+        }
+        for plan in parts.data.plans
+    ]
+
+
+def peak_rss_mib(workers: int) -> float:
+    """Return the peak memory of this process and, with workers, of as many of its largest child, MiB."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # getrusage speaks bytes on macOS, KiB elsewhere
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss if workers > 1 else 0
+    return (own + workers * child) / unit

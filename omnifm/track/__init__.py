@@ -1,0 +1,1 @@
+"""What a run leaves behind: resolved config, environment, split, events, checkpoint, scores."""
