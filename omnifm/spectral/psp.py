@@ -1,0 +1,104 @@
+"""Personalised spectral prompting: prefix, content and the client's own suffix, read by one transformer block.
+
+    r' = Block( [ Z + e_prefix || r + e_content || c + e_suffix ] )          2l + 1 tokens; without ECA: [ r || c ]
+    Block(x): x <- x + MHA(LN x);  x <- x + MLP(LN x)
+
+Z: prefix, (b, l, d); r: spatial tokens, (b, l, d); c: suffix, (1, 1, d), which never leaves the client; e: part embeddings.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+_INIT_STD = 0.02
+
+
+class Suffix(nn.Module):
+    """The client's own learnable token c; a module of its own, so that it can be declared private as an object."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, dim) * _INIT_STD)
+
+    def forward(self, batch: int) -> Tensor:
+        """Return c for `batch` images: (batch, 1, d)."""
+        return self.token.expand(batch, -1, -1)
+
+
+class PartEmbedding(nn.Module):
+    """One learned vector per part of r', in the order of the parts."""
+
+    def __init__(self, num_parts: int, dim: int) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.randn(num_parts, dim) * _INIT_STD)
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        """Add each part's vector and concatenate: parts of (b, l_i, d) to (b, sum l_i, d)."""
+        return torch.cat([part + vector for part, vector in zip(parts, self.vectors, strict=True)], dim=1)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block without dropout.
+
+    Args:
+        dim: d, a multiple of `heads`.
+        heads: attention heads.
+        mlp_ratio: hidden width of the MLP over d.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.heads = heads
+        hidden = int(dim * mlp_ratio)
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.query_key_value, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map (b, n, d) to (b, n, d)."""
+        tokens = tokens + self._attend(self.norm_attention(tokens))
+        mixed: Tensor = tokens + self.mlp(self.norm_mlp(tokens))
+        return mixed
+
+    def _attend(self, tokens: Tensor) -> Tensor:
+        heads = self.query_key_value(tokens).unflatten(-1, (3, self.heads, -1))  # (b, n, 3, heads, d / heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        attended: Tensor = self.out(scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return attended
+
+
+class PrefixSuffix(nn.Module):
+    """Build r' and run the block over it.
+
+    Args:
+        dim: d, a multiple of `heads`.
+        heads: attention heads of the block.
+        mlp_ratio: hidden width of the block's MLP over d.
+        prefix: whether r' has a prefix (ECA is on).
+
+    Raises:
+        ValueError: `dim` is not a multiple of `heads`.
+    """
+
+    def __init__(self, dim: int, heads: int = 4, mlp_ratio: float = 2.0, prefix: bool = True) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{dim}-dimensional tokens do not divide into {heads} attention heads")
+        self.suffix = Suffix(dim)
+        self.parts = PartEmbedding(3 if prefix else 2, dim)
+        self.block = Block(dim, heads, mlp_ratio)
+
+    def forward(self, tokens: Tensor, prefix: Tensor | None) -> Tensor:
+        """Return r'.
+
+        Args:
+            tokens: r, (b, l, d).
+            prefix: Z, (b, l, d); None exactly if built without prefix.
+
+        Returns:
+            (b, 2l + 1, d), or (b, l + 1, d) without prefix.
+        """
+        own = self.suffix(len(tokens))
+        parts = [tokens, own] if prefix is None else [prefix, tokens, own]
+        mixed: Tensor = self.block(self.parts(parts))
+        return mixed
