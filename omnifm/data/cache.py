@@ -1,0 +1,271 @@
+"""Decoded images on disk: decoded once, on one scale, opened as a read-only memory map by every later start and process."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from omnifm.data.cohort import Cohort
+from omnifm.data.readers import Image, read_image
+from omnifm.errors import DataError
+
+log = logging.getLogger(__name__)
+
+# Part of every key: a new number makes every older file a stranger.
+CACHE_FORMAT = 1
+PERCENTILES = (0.5, 99.5)
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+_BATCH = 64
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class CachedImages:
+    """A cohort's images as one memory map.
+
+    Attributes:
+        pixels: `(n_slices, c, size, size)` float32 in [0, 1], read-only.
+        slice_row: `(n_slices,)` int64, the index into `Cohort.rows` of each slice; ascending, slices of a volume in order.
+    """
+
+    pixels: np.memmap[Any, np.dtype[np.float32]]
+    slice_row: npt.NDArray[np.int64]
+
+
+def default_cache_dir() -> Path:
+    """Return `$XDG_CACHE_HOME/omnifm`, by default `~/.cache/omnifm`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omnifm"
+
+
+def load_images(
+    cohort: Cohort, size: int, channels: int, cache_dir: Path, column: str = "image", progress: Progress | None = None
+) -> CachedImages:
+    """Return the images of all rows, from the cache if it holds them.
+
+    8-bit sources are divided by 255; others are scaled from their own 0.5 and 99.5 percentile (of the whole volume) to [0, 1]; a
+    constant image becomes zeros. Volumes are cut along the cohort's `slice_axis`. Slices are resized to `size` x `size` with
+    antialiased bicubic interpolation (Pillow). Colour becomes luminance where `channels` is 1, grey is repeated where it is 3.
+
+    The key is the SHA-256 of the files' contents, in row order, and of all parameters: it knows no path and no time. Files appear
+    under their final name only when whole, so that two processes may build the same cache at once.
+
+    Args:
+        cohort: whose images.
+        size: side of a slice in pixels.
+        channels: 1 or 3.
+        cache_dir: folder of the cache, made if need be.
+        column: `image` or `image_b`.
+        progress: called with rows done and rows in all, while decoding.
+
+    Raises:
+        DataError: an image cannot be read or is not finite (names the row), or the cache folder cannot be written.
+    """
+    if channels not in (1, 3) or size < 1 or column not in ("image", "image_b"):
+        raise DataError(f"cannot cache column '{column}' with {channels} channels at {size} pixels")
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        key = _key(cohort, size, channels, column, cache_dir)
+        base = cache_dir / f"{cohort.name}-{key[:32]}"
+        found = _open(base)
+        if found is None:
+            _build(cohort, size, channels, column, base, progress)
+            found = _open(base)
+    except OSError as error:
+        raise DataError(f"cache {cache_dir}: {error.strerror or error} ({error.filename})") from error
+    if found is None:
+        raise DataError(f"cache {base}.npy: damaged right after it was written; is the disk full or faulty?")
+    return found
+
+
+def to_slices(image: Image, size: int, channels: int, slice_axis: int | None) -> npt.NDArray[np.float32]:
+    """Scale, cut and resize one image: `(c, *spatial)` -> `(n, channels, size, size)` in [0, 1].
+
+    Raises:
+        DataError: a value is NaN or infinite, or a volume comes without `slice_axis`.
+    """
+    array = unit_range(image)
+    if array.shape[0] == 3 and channels == 1:
+        array = np.tensordot(np.array(LUMINANCE, dtype=np.float32), array, axes=1)[None]
+    if array.ndim == 4 and slice_axis is None:
+        raise DataError("is a volume, and cohort.toml has no slice_axis to cut it along")
+    planes = np.moveaxis(array, slice_axis + 1, 0) if array.ndim == 4 and slice_axis is not None else array[None]
+    resized = np.stack([[_resize(channel, size) for channel in plane] for plane in planes])
+    return np.repeat(resized, channels // resized.shape[1], axis=1)
+
+
+def unit_range(image: Image) -> npt.NDArray[np.float32]:
+    """Return the values of `image` on the scale 0 to 1, as `load_images` describes; the shape stays.
+
+    Raises:
+        DataError: a value is NaN or infinite.
+    """
+    array = image.array
+    if not np.isfinite(array).all():
+        raise DataError("holds NaN or infinite values")
+    low, high = float(array.min()), float(array.max())
+    if low == high:
+        return np.zeros_like(array)
+    if image.bits == 8:
+        low, high = 0.0, 255.0
+    else:
+        inner_low, inner_high = np.percentile(array, PERCENTILES)
+        # A lesion on an empty background can be rarer than the percentiles reach: then the full range counts.
+        low, high = (float(inner_low), float(inner_high)) if inner_high > inner_low else (low, high)
+    return np.asarray(np.clip((array - low) / (high - low), 0.0, 1.0), dtype=np.float32)
+
+
+def _resize(plane: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32]:
+    from PIL import Image as Pillow
+
+    if plane.shape == (size, size):
+        return plane
+    source = Pillow.fromarray(np.ascontiguousarray(plane, dtype=np.float32))
+    # Bicubic weights are partly negative, so edges overshoot.
+    return np.clip(np.asarray(source.resize((size, size), Pillow.Resampling.BICUBIC), dtype=np.float32), 0.0, 1.0)
+
+
+def _key(cohort: Cohort, size: int, channels: int, column: str, cache_dir: Path) -> str:
+    digests = _content_digests([cohort.path(i, column) for i in range(len(cohort.rows))], cohort.folder, cache_dir)
+    settings = [CACHE_FORMAT, size, channels, cohort.spec.slice_axis, PERCENTILES, LUMINANCE, "bicubic"]
+    return hashlib.sha256(json.dumps([settings, digests]).encode()).hexdigest()
+
+
+def _content_digests(paths: Sequence[Path], folder: Path, cache_dir: Path) -> list[str]:
+    """Return the SHA-256 of each image's bytes; a file whose size and time are those of the last look is not read again."""
+    memo_file = cache_dir / f"seen-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
+    memo = _read_memo(memo_file)
+    seen = dict(memo)
+    digests = [_digest(path, seen) for path in paths]
+    if seen != memo:
+        with _appears_whole(memo_file) as stream:
+            stream.write(json.dumps(seen).encode())
+    return digests
+
+
+def _read_memo(path: Path) -> dict[str, list[Any]]:
+    try:
+        memo = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        log.warning("cache %s: damaged; the images are hashed again", path.name)
+        return {}
+    return memo if isinstance(memo, dict) else {}
+
+
+def _digest(path: Path, seen: dict[str, list[Any]]) -> str:
+    from omnifm.data.dicom import series_files
+
+    if path.is_dir():
+        return hashlib.sha256("".join(_digest(file, seen) for file in series_files(path)).encode()).hexdigest()
+    try:
+        stat = path.stat()
+        known = seen.get(str(path))
+        if known is not None and known[:2] == [stat.st_size, stat.st_mtime_ns]:
+            return str(known[2])
+        digest = _sha256(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    # The suffix chooses the reader, so it is part of what the bytes mean.
+    seen[str(path)] = [stat.st_size, stat.st_mtime_ns, digest + path.suffix.lower()]
+    return digest + path.suffix.lower()
+
+
+def _build(cohort: Cohort, size: int, channels: int, column: str, base: Path, progress: Progress | None) -> None:
+    counts: list[int] = []
+    with _appears_whole(_pixel_file(base)) as stream:
+        _write_header(stream, (0, channels, size, size))
+        for slices in _decoded(cohort, size, channels, column):
+            stream.write(np.ascontiguousarray(slices, dtype="<f4").tobytes())
+            counts.append(len(slices))
+            if progress is not None:
+                progress(len(counts), len(cohort.rows))
+        end = stream.tell()
+        stream.seek(0)
+        # numpy leaves room in the header for the first axis to grow, so the rewritten header has the same length.
+        _write_header(stream, (sum(counts), channels, size, size))
+        if end - stream.tell() != 4 * sum(counts) * channels * size * size:
+            raise DataError(f"cache {base}.npy: header and pixels do not fit")
+    stat = _pixel_file(base).stat()
+    digest = _sha256(_pixel_file(base))
+    record = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest, "slices_per_row": counts}
+    with _appears_whole(_record_file(base)) as stream:
+        stream.write(json.dumps(record).encode())
+
+
+def _write_header(stream: IO[bytes], shape: tuple[int, ...]) -> None:
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
+
+
+def _decoded(cohort: Cohort, size: int, channels: int, column: str) -> Iterator[npt.NDArray[np.float32]]:
+    def decode(index: int) -> npt.NDArray[np.float32]:
+        try:
+            return to_slices(read_image(cohort.path(index, column)), size, channels, cohort.spec.slice_axis)
+        except DataError as error:
+            raise DataError(f"cohort {cohort.name}: row '{cohort.rows[index].id}': {column} {error}") from error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        # In batches, so that no more than one batch of decoded images waits in memory.
+        for start in range(0, len(cohort.rows), _BATCH):
+            yield from pool.map(decode, range(start, min(start + _BATCH, len(cohort.rows))))
+
+
+def _open(base: Path) -> CachedImages | None:
+    """Return what is cached under `base`; None, after a warning, if it is damaged; None if there is nothing."""
+    if not _record_file(base).exists():
+        return None
+    try:
+        record = json.loads(_record_file(base).read_bytes())
+        path = _pixel_file(base)
+        stat = path.stat()
+        if stat.st_size != record["size"]:
+            raise ValueError("size differs")
+        # Another time stamp: copied, rebuilt by another process, or tampered with. The content decides.
+        if stat.st_mtime_ns != record["mtime_ns"] and _sha256(path) != record["sha256"]:
+            raise ValueError("content differs")
+        pixels = np.lib.format.open_memmap(path, mode="r")
+        slice_row = np.repeat(np.arange(len(record["slices_per_row"])), record["slices_per_row"]).astype(np.int64)
+        if len(slice_row) != len(pixels) or 4 * math.prod(pixels.shape) > stat.st_size:
+            raise ValueError("shape differs")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("cache %s: damaged (%s); it is built again", _pixel_file(base).name, error)
+        return None
+    return CachedImages(pixels, slice_row)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _pixel_file(base: Path) -> Path:
+    return base.with_name(f"{base.name}.npy")
+
+
+def _record_file(base: Path) -> Path:
+    return base.with_name(f"{base.name}.json")
+
+
+@contextmanager
+def _appears_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that appears under `path` only once it is written to the end; on an error nothing is left."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", mode="w+b", delete=False) as stream:
+        try:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        except BaseException:
+            os.unlink(stream.name)
+            raise
+    os.replace(stream.name, path)

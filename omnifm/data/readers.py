@@ -1,0 +1,182 @@
+"""Image files to arrays. Values are left as they are; `omnifm.data.cache` puts them on one scale."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from omnifm.errors import DataError
+
+RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+_GREY_MODES = {"1": "L", "L": "L", "LA": "L", "I;16": "I;16", "I;16L": "I;16", "I;16B": "I;16B", "I": "I", "F": "F"}
+_MODE_BITS = {"1": 8, "L": 8, "LA": 8, "I": 32, "F": 32}
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """A decoded image or volume.
+
+    Attributes:
+        array: `(c, *spatial)` float32, c 1 or 3, two or three spatial axes; 8-bit sources keep 0..255.
+        spacing: millimetres between samples along each spatial axis, None where the file does not say.
+        affine: `(4, 4)`, from the indices of the three spatial axes to millimetres right, anterior and superior (RAS+).
+        bits: bits per value at the source: 8, 16 or 32, or what DICOM states (12, ...). 8 says that 255 is white; so NIfTI counts
+            as 16 at least, and floating point as 32.
+    """
+
+    array: npt.NDArray[np.float32]
+    spacing: tuple[float, ...] | None
+    affine: npt.NDArray[np.float64] | None
+    bits: int
+
+
+def read_image(path: Path) -> Image:
+    """Read PNG, JPEG, BMP, TIFF, NPY, NIfTI or DICOM, or a folder of single-frame DICOM slices as one volume.
+
+    Raises:
+        DataError: the file is missing, of another kind, truncated, or has neither one nor three channels.
+    """
+    reader = _reader(path)
+    if not path.exists():
+        raise DataError(f"{path.name}: file is missing")
+    try:
+        image = reader(path)
+    except DataError as error:
+        raise DataError(f"{path.name}: {error}") from error
+    # Decoders of damaged files raise what they like, SyntaxError (PNG), EOFError, zlib.error and struct.error among it.
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if image.array.shape[0] not in (1, 3) or image.array.ndim not in (3, 4) or image.array.size == 0:
+        raise DataError(f"{path.name}: shape {image.array.shape} is not one or three channels in two or three dimensions")
+    return image
+
+
+def read_mask(path: Path) -> npt.NDArray[np.int64]:
+    """Read a mask: whole numbers of shape `(*spatial)`, palette indices rather than colours where there is a palette.
+
+    Raises:
+        DataError: as `read_image`; or the values are colours or fractions.
+    """
+    if path.suffix.lower() in RASTER_SUFFIXES and path.is_file():
+        indices = _palette_indices(path)
+        if indices is not None:
+            return indices
+    array = read_image(path).array
+    if not np.array_equal(array, np.broadcast_to(array[:1], array.shape)):
+        raise DataError(f"{path.name}: a mask holds class values, not colours")
+    values = array[0]
+    if not np.array_equal(values, np.rint(values)):
+        raise DataError(f"{path.name}: a mask holds whole numbers, not fractions")
+    return np.asarray(values, dtype=np.int64)
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path.name}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())})")
+
+
+def _reader(path: Path) -> Callable[[Path], Image]:
+    name = path.name.lower()
+    if name.endswith((".nii", ".nii.gz")):
+        return _read_nifti
+    if path.is_dir() or name.endswith(".dcm"):
+        return _read_dicom
+    if name.endswith((".tif", ".tiff")):
+        return _read_tiff
+    if name.endswith(".npy"):
+        return _read_npy
+    if name.endswith(RASTER_SUFFIXES):
+        return _read_raster
+    raise DataError(f"{path.name}: not a PNG, JPEG, TIFF, BMP, NPY, NIfTI (.nii, .nii.gz) or DICOM (.dcm) file")
+
+
+def _read_dicom(path: Path) -> Image:
+    from omnifm.data.dicom import read_dicom, read_series
+
+    array, spacing, affine, bits = read_series(path) if path.is_dir() else read_dicom(path)
+    return Image(array, spacing, affine, bits)
+
+
+def _read_raster(path: Path) -> Image:
+    from PIL import Image as Pillow
+
+    with Pillow.open(path) as source:
+        return _from_pillow(source)
+
+
+def _from_pillow(source: Any) -> Image:
+    frames = []
+    for frame in range(getattr(source, "n_frames", 1)):
+        source.seek(frame)
+        grey = _GREY_MODES.get(source.mode)
+        pixels = np.asarray(source.convert(grey or "RGB"), dtype=np.float32)
+        frames.append(pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0))
+    bits = 16 if source.mode.startswith("I;16") else _MODE_BITS.get(source.mode, 8)
+    return Image(frames[0] if len(frames) == 1 else np.stack(frames, axis=1), None, None, bits)
+
+
+def _palette_indices(path: Path) -> npt.NDArray[np.int64] | None:
+    from PIL import Image as Pillow
+
+    try:
+        with Pillow.open(path) as source:
+            return np.asarray(source).astype(np.int64) if source.mode in ("P", "1") else None
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _read_tiff(path: Path) -> Image:
+    import tifffile
+    from PIL import Image as Pillow
+
+    with tifffile.TiffFile(path) as source:
+        page: Any = source.pages.first
+        # Pillow carries LZW and JPEG decoders, which tifffile lacks; tifffile keeps 16 bits per colour, which Pillow does not.
+        if page.photometric.name != "PALETTE" and page.compression.name in ("NONE", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS"):
+            series = source.series[0]
+            array = _channels_first(series.asarray(), series.axes.find("S") if "S" in series.axes else series.axes.find("C"))
+            bits = _bits(array.dtype)
+            inverted = page.photometric.name == "MINISWHITE"
+            array = np.iinfo(array.dtype).max - array if inverted and array.dtype.kind == "u" else array
+            return Image(array.astype(np.float32), None, None, bits)
+    with Pillow.open(path) as frames:
+        return _from_pillow(frames)
+
+
+def _channels_first(array: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:
+    """Bring the channel axis (-1: none) to the front, drop an alpha channel and further axes of length one."""
+    array = array[None] if axis < 0 else np.moveaxis(array, axis, 0)
+    array = array[:3] if array.shape[0] == 4 else array[:1] if array.shape[0] == 2 else array
+    long_axes = tuple(i for i in range(1, array.ndim) if array.shape[i] == 1)
+    return np.squeeze(array, axis=long_axes) if array.ndim > 4 else array
+
+
+def _bits(dtype: np.dtype[Any]) -> int:
+    return 8 if dtype == np.uint8 else 32 if dtype.kind == "f" or dtype.itemsize > 2 else 16
+
+
+def _read_npy(path: Path) -> Image:
+    array = np.load(path, allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
+        raise DataError("an .npy image must be an array of real numbers")
+    coloured = array.ndim >= 3 and array.shape[-1] == 3
+    return Image(_channels_first(array, array.ndim - 1 if coloured else -1).astype(np.float32), None, None, _bits(array.dtype))
+
+
+def _read_nifti(path: Path) -> Image:
+    import nibabel
+
+    source: Any = nibabel.Nifti1Image.from_filename(path)
+    if source.header.get_data_dtype().kind not in "uif":
+        raise DataError("NIfTI of colours or complex numbers is not supported")
+    plain = source.dataobj.slope == 1 and source.dataobj.inter == 0
+    # NIfTI holds measurements, not shades for a screen: 8-bit values have no agreed white either.
+    bits = max(_bits(source.header.get_data_dtype()), 16) if plain else 32
+    array = np.asarray(source.dataobj, dtype=np.float32)
+    array = array.reshape(array.shape[:3]) if array.ndim > 3 and array.size == np.prod(array.shape[:3]) else array
+    if array.ndim > 3:
+        raise DataError(f"NIfTI of shape {array.shape} holds a series: write one file per volume")
+    spacing = tuple(float(step) for step in source.header.get_zooms()[: array.ndim])
+    return Image(array[None], spacing, np.asarray(source.affine, dtype=np.float64) if array.ndim == 3 else None, bits)
