@@ -146,7 +146,7 @@ def _run_cell(cell: Cell, out: Path) -> str:
 
 def write_table(cells: Iterable[Cell], status: Mapping[str, str], out: Path) -> Path:
     """Write `table.csv`: a line per cell that was run, with its scores and what it cost; empty is undefined."""
-    rows = [_row(cell, status[cell.name], out) for cell in cells if cell.name in status]
+    rows = [cell_row(cell, status[cell.name], out) for cell in cells if cell.name in status]
     columns = list(dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -157,7 +157,8 @@ def write_table(cells: Iterable[Cell], status: Mapping[str, str], out: Path) -> 
     return path
 
 
-def _row(cell: Cell, status: str, out: Path) -> dict[str, Any]:
+def cell_row(cell: Cell, status: str, out: Path) -> dict[str, Any]:
+    """Return a cell's line of the table."""
     federation = cell.config.federation
     row: dict[str, Any] = {
         "cell": cell.name,
@@ -166,6 +167,7 @@ def _row(cell: Cell, status: str, out: Path) -> dict[str, Any]:
         "participation": cell.participation,
         "seed": cell.seed,
         "rounds": federation.rounds,
+        "config_hash": digest(cell.config),
         "status": status,
     }
     folder = out / "cells" / cell.name
@@ -178,7 +180,7 @@ def _row(cell: Cell, status: str, out: Path) -> dict[str, Any]:
     row |= {f"bytes_{way}": metrics["bytes"][way] for way in ("up", "down")}
     row |= {way: metrics["bytes"][way] for way in ("bank_up", "bank_down")}
     row |= {"seconds": round(metrics["seconds"]["total"], 1), "peak_rss_mib": round(metrics["peak_rss_mib"])}
-    return row | {"commit": machine["commit"], "config_hash": metrics["config_hash"], "machine": machine["machine"]}
+    return row | {"commit": machine["commit"], "machine": machine["machine"]}
 
 
 def _scores(views: Mapping[str, Mapping[str, float | None] | None], prefix: str) -> dict[str, float | None]:

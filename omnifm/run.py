@@ -113,12 +113,15 @@ def _start(parts: _Parts, resume: bool) -> tuple[ServerState, int]:
     if resume and parts.checkpoint.exists():
         _require_same_split(parts)
         server, record = parts.checkpoint.load()
+        completed = int(record["rounds_completed"])
+        if record["best"] and record["best"][0] != completed:
+            parts.checkpoint.load("best")  # damage shows now, not after the last round
         parts.recorder.rewind(record)
-        return server, int(record["rounds_completed"])
+        return server, completed
     # Nothing was committed yet: whatever an interrupted start left behind counts for nothing.
     parts.recorder.rewind({"rounds_completed": 0, "events_bytes": 0, "seconds": 0.0, "best": None})
     write_json(parts.out / "environment.json", environment())
-    write_json(parts.out / "split.json", split_record(parts.config, parts.data))
+    write_json(parts.out / "split.json", split_record(parts.config, parts.data, parts.task))
     return ServerState(shared=parts.site.initial_shared()), 0
 
 
@@ -128,12 +131,12 @@ def _require_same_split(parts: _Parts) -> None:
         raise CheckpointError(f"{path}: the cohorts are not those this run was started with; start anew with another --out")
 
 
-def split_record(config: Config, data: build.Data) -> dict[str, Any]:
+def split_record(config: Config, data: build.Data, task: Task) -> dict[str, Any]:
     """Return who holds which rows, its SHA-256, and how heterogeneous that is."""
     return {
         "sha256": plans_digest(data.plans),
         "seed": config.seed,
-        "heterogeneity": asdict(heterogeneity(data.cohorts, data.plans)),
+        "heterogeneity": asdict(heterogeneity(data.cohorts, data.plans, task.row_labels())),
         "clients": [asdict(plan) for plan in data.plans],
         "simulated": _simulated(data),
     }

@@ -125,7 +125,7 @@ def import_folder(
 @make_app.command("atlas")
 def make_atlas(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="the folder below which the cohorts are written")],
-    patients: Annotated[int, typer.Option(min=1, help="simulated patients")] = 120,
+    patients: Annotated[int, typer.Option(min=10, help="simulated patients per kind of picture")] = 80,
     seed: Annotated[int, typer.Option(help="another seed, other patients")] = 0,
     size: Annotated[int, typer.Option(min=32, help="side of an image in pixels")] = 128,
 ) -> None:

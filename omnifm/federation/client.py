@@ -104,6 +104,8 @@ class Site:
     # ------------------------------------------------------------------ the three answers
     def _describe(self, request: Request) -> Reply:
         job = self._job(request, {})
+        if not len(job.data.train):
+            raise FederationError(f"client {job.client}: no training examples")
         return self._reply(request, len(job.data.train), extra=self.strategy.describe(job))
 
     def _train(self, request: Request) -> Reply:
@@ -142,7 +144,8 @@ class Site:
     def _data(self, client: str) -> ClientData:
         if client != POOLED:
             return self.task.client_data(client)
-        parts = [self.task.client_data(c) for c in self._clients]
+        # In the order of their ids: what is drawn from all of them does not depend on the order in the config.
+        parts = [self.task.client_data(c) for c in sorted(self._clients)]
         return ClientData(*(JoinedSplit([p.split(name) for p in parts]) for name in ("train", "val", "test")))
 
     def _install(self, request: Request) -> dict[str, Tensor]:

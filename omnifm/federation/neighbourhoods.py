@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional
 
-from omnifm.errors import FederationError
+from omnifm.errors import DataError, FederationError
 from omnifm.federation.aggregation import RunningMean, step_towards
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import Context, LocalJob, ServerState
@@ -49,19 +49,29 @@ class Neighbourhoods:
         self._options = options
         self._context = context
         self._means: dict[int, RunningMean] = {}
-        self._present: set[int] = set()
+        self._examples: dict[int, int] = {}
 
     def describe(self, job: LocalJob) -> dict[str, Tensor]:
         """Return the client's mean low-pass spectrum, `(2 * band * band,)`."""
         index = torch.arange(len(job.data.train)).split(_BATCH)
         images = (job.data.train.batch(part).image for part in index)
-        return {"signature": client_signature(images, self._options.neighbourhood_band)}
+        try:
+            return {"signature": client_signature(images, self._options.neighbourhood_band)}
+        except DataError as error:
+            raise DataError(f"client {job.client}: {error}") from None
 
     def form(self, server: ServerState, signatures: Mapping[str, Tensor]) -> None:
-        """Group the clients. Raises FederationError if a signature is not finite."""
-        clients = [info.id for info in self._context.clients]
+        """Group the clients. Raises FederationError if a signature is missing, of another length, or not finite."""
+        # Sums over clients run in the order of their ids, so that the order in the config changes no bit.
+        clients = sorted(info.id for info in self._context.clients)
+        length = 2 * self._options.neighbourhood_band**2
         for client in clients:
-            if not bool(signatures[client].isfinite().all()):
+            found = signatures.get(client)
+            if found is None or found.shape != (length,):
+                raise FederationError(
+                    f"client {client}: its mean spectrum is {'missing' if found is None else 'of another length'}"
+                )
+            if not bool(found.isfinite().all()):
                 raise FederationError(f"client {client}: its mean spectrum is not finite")
         table = torch.stack([signatures[client] for client in clients])
         owner = cluster(table, self._options.max_neighbourhoods, self._options.neighbourhood_threshold)
@@ -100,19 +110,20 @@ class Neighbourhoods:
     def begin_round(self) -> None:
         """Empty the accumulators."""
         self._means = {}
-        self._present = set[int]()
+        self._examples = {}
 
     def receive(self, server: ServerState, reply: Reply) -> None:
         """Add one reply to each neighbourhood by its weight there."""
         own = server.meta["neighbourhoods"][reply.client]
-        self._present.add(own)
-        server.meta["neighbourhood_examples"][own] += reply.num_examples
+        # Kept apart until the round ends: what a client is sent must not depend on whose reply came before.
+        self._examples[own] = self._examples.get(own, 0) + reply.num_examples
         for j, weight in enumerate(server.meta["neighbourhood_weights"][reply.client]):
             self._means.setdefault(j, RunningMean()).add(reply.tensors, reply.num_examples * weight)
 
     def end_round(self, server: ServerState, step: float) -> None:
         """Replace the means of the neighbourhoods that had a member in this round."""
         # A neighbourhood is not moved by strangers alone: their tiny weights would be normalised to 1.
-        for j in sorted(self._present):
+        for j in sorted(self._examples):
+            server.meta["neighbourhood_examples"][j] += self._examples[j]
             old = {name: server.extra[f"neighbourhood/{j}/{name}"] for name in server.shared}
             self._keep(server, j, step_towards(old, self._means[j].value(), step))

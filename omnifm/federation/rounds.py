@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,7 +88,7 @@ def _round(federation: Federation, server: ServerState, index: int, recorder: Re
     strategy.begin_round(server)
     started, aggregating = time.perf_counter(), 0.0
     for reply in federation.engine.exchange(_requests(federation, server, index, sampled, down)):
-        check_reply(reply, index, server.shared)
+        check_reply(reply, index, server.shared, down)
         mark = time.perf_counter()
         strategy.receive(server, reply)
         aggregating += time.perf_counter() - mark
@@ -122,19 +122,25 @@ def _requests(
         yield Request("train", index, client, tensors, extra, settings)
 
 
-def check_reply(reply: Reply, round_index: int, shared: Mapping[str, Tensor]) -> None:
-    """Raise FederationError unless `reply` belongs to this round and its tensors fit the model and are finite."""
+def check_reply(reply: Reply, round_index: int, shared: Mapping[str, Tensor], asked: Collection[str]) -> None:
+    """Raise FederationError unless `reply` is one of this round's and its loss and tensors fit the model and are finite."""
     who = f"client {reply.client}, round {round_index}"
-    if reply.round != round_index:
-        raise FederationError(f"{who}: the reply is for round {reply.round}")
+    if reply.client not in asked:
+        raise FederationError(f"{who}: a reply that nobody waits for")
+    if reply.kind != "train" or reply.round != round_index:
+        raise FederationError(f"{who}: the reply is for {reply.kind} in round {reply.round}")
     if reply.num_examples <= 0:
         raise FederationError(f"{who}: the reply stands for {reply.num_examples} examples")
+    if not math.isfinite(reply.metrics.get("loss", math.nan)):
+        raise FederationError(f"{who}: the loss is missing or not finite")
     if reply.tensors.keys() != shared.keys():
         odd = min(reply.tensors.keys() ^ shared.keys())
         raise FederationError(f"{who}: tensor {odd} is {'unknown' if odd in reply.tensors else 'missing'}")
     for name, tensor in reply.tensors.items():
         if tensor.shape != shared[name].shape:
             raise FederationError(f"{who}: tensor {name} has shape {tuple(tensor.shape)}, not {tuple(shared[name].shape)}")
+        if tensor.dtype != shared[name].dtype:
+            raise FederationError(f"{who}: tensor {name} is {tensor.dtype}, not {shared[name].dtype}")
         # A sum is not finite if any element is not; one pass, no mask in memory. Sums overflow only beyond float32's range.
         if tensor.is_floating_point() and not math.isfinite(float(tensor.sum())):
             raise FederationError(f"{who}: tensor {name} is not finite")

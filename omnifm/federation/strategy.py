@@ -105,7 +105,9 @@ class Strategy:
     def described(self, server: ServerState, replies: Mapping[str, Reply]) -> None:
         """Take in the descriptions of all clients, once."""
         if self.neighbourhoods:
-            self.neighbourhoods.form(server, {client: reply.extra["signature"] for client, reply in replies.items()})
+            self.neighbourhoods.form(
+                server, {c: reply.extra["signature"] for c, reply in replies.items() if "signature" in reply.extra}
+            )
 
     def shared_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
         """Return the shared tensors that `client` gets."""

@@ -1,7 +1,7 @@
 """What a task owes the federation: data, network parts, loss, metric, picture. One file per task implements it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -175,6 +175,10 @@ class Task(ABC):
     @abstractmethod
     def picture(self, prediction: Tensor, batch: Batch, index: int) -> Picture:
         """Show example `index` of a batch with its prediction."""
+
+    def row_labels(self) -> Mapping[str, Sequence[str]] | None:
+        """Return the label of every manifest row by cohort, in the names of the label union; None where a task has no labels."""
+        return None
 
     def labels(self, client: str) -> Tensor | None:
         """Return the training labels `(n,)` of a client, for per-class prototypes; None where a task has none."""

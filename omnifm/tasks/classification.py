@@ -86,7 +86,8 @@ def label_union(cohorts: Mapping[str, Cohort], label_space: str) -> tuple[tuple[
     """
     names: dict[str, int] = {}
     table: dict[str, dict[str, int]] = {}
-    for cohort in cohorts.values():
+    # By name, so that the order of the cohorts in the config changes neither a class's number nor its weights.
+    for cohort in sorted(cohorts.values(), key=lambda c: c.name):
         prefix = f"{cohort.name}/" if label_space == "cohort" else ""
         table[cohort.name] = {c: names.setdefault(prefix + c, len(names)) for c in cohort.classes}
     return tuple(names), table
@@ -126,6 +127,10 @@ class Classification(Task):
         slices = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)] or [wanted])
         owner = images.slice_row[slices]
         return ImageSplit(images.pixels, slices, torch.from_numpy(self._labels[cohort][owner]), torch.from_numpy(owner.copy()))
+
+    def row_labels(self) -> dict[str, list[str]]:
+        """Return the label of every row by cohort; where classes belong to cohorts, so do their names."""
+        return {cohort: [self.classes[number] for number in labels] for cohort, labels in self._labels.items()}
 
     def labels(self, client: str) -> Tensor:
         """Return the training labels of a client."""

@@ -38,6 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {"aggregation": "neighbours", "head": "private", "private_block": True, "bank": {"policy": "quota"}},
 }
 _BATCH = 256
+_UPLOAD = {"prototypes/vectors", "prototypes/weight"}
+_RETRIEVALS = {"retrievals/row_id", "retrievals/count"}
 
 
 class BankOptions(BaseModel):
@@ -221,9 +223,19 @@ class OmniFM(Strategy):
     def receive(self, server: ServerState, reply: Reply) -> None:
         """Add prototypes and retrieval counts to the bank, tensors to the mean."""
         super().receive(server, reply)
-        if "prototypes/vectors" not in reply.extra:
+        if not self._uses_bank:
             return
-        if "retrievals/row_id" in reply.extra:
+        try:
+            self._learn(reply)
+        except FederationError as error:
+            # The bank knows clients by number; people know them by name.
+            raise FederationError(f"client {reply.client}, round {reply.round}: {error}") from None
+
+    def _learn(self, reply: Reply) -> None:
+        retrievals = _RETRIEVALS if _RETRIEVALS & reply.extra.keys() else set()
+        if missing := (_UPLOAD | retrievals) - reply.extra.keys():
+            raise FederationError(f"tensor {min(missing)} is missing")
+        if retrievals:
             self._open.count(reply.extra["retrievals/row_id"], reply.extra["retrievals/count"])
         client, modality = self.context.client_index(reply.client), self.context.modality_index(reply.client)
         vectors, weight = reply.extra["prototypes/vectors"], reply.extra["prototypes/weight"]

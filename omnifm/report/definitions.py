@@ -1,0 +1,120 @@
+"""What each number of a report means, in plain words."""
+
+_METRICS = {
+    "accuracy": ("accuracy", "Share of test images whose most probable class is the true one."),
+    "auc": (
+        "AUC",
+        "Area under the ROC curve of one class against the rest, mean over the classes. A class that never occurs in the test "
+        "set cannot be ranked and is left out; undefined where that leaves none.",
+    ),
+    "auc_classes_skipped": (
+        "classes left out of the AUC",
+        "How many classes the AUC leaves out because they never occur, or always do, in the test set. A count, not a score.",
+    ),
+    "f1_union": (
+        "macro-F1 (all labels)",
+        "F1 averaged over every label of the client's label set, also those that never occur in the test set (they count 0). "
+        "It can stay low although almost every image is right.",
+    ),
+    "f1_present": ("macro-F1 (labels present)", "F1 averaged over the labels that occur in the truth or in the predictions."),
+}
+
+VIEWS = {
+    "personal": (
+        "own models",
+        "Each client's own model (the shared part and what it keeps to itself) on that client's own test images; the mean over "
+        "clients, weighted by their number of test images.",
+    ),
+    "worst": ("worst client", "The lowest of the clients' own-model scores: what the least served hospital gets."),
+    "global": (
+        "one global model",
+        "The single shared model on all clients' test images together. Undefined for a method that has no such model.",
+    ),
+    "finetuned": (
+        "after fine-tuning",
+        "As own models, but each client first trains one more epoch on its own data. It shows what a few minutes of local "
+        "training can make up for.",
+    ),
+}
+
+ROUNDS = (
+    ("last round", "The score after the final round."),
+    (
+        "best on validation",
+        "The score at the round whose own models did best on the validation images. The test images never choose the round.",
+    ),
+)
+
+HETEROGENEITY = {
+    "h_mod": ("modality skew", "0: every client has the same mix of modalities; 1: knowing the client tells you the modality."),
+    "h_lab": (
+        "label skew",
+        "0: the clients see each class equally often; 1: no class in common. Undefined across label spaces.",
+    ),
+    "h_size": ("size skew", "Gini index of the clients' sizes. 0: all equally large; near 1: one client has nearly everything."),
+    "h_ls": ("label-space difference", "0: all clients have the same set of labels; 1: no two clients share a label."),
+}
+
+TRAINING = (
+    ("training loss", "Mean loss on the clients' training images in the round, weighted by their number of examples."),
+    ("traffic", "Bytes of the tensors sent up to the server and down to the clients, counted where they are sent."),
+)
+
+BANK = (
+    ("bank", "Vectors (prototypes) that clients uploaded: each is the mean of the frequency descriptions of many images."),
+    (
+        "retrieval share",
+        "Of the bank vectors a client used: how many were its own, another client's of its modality, or of another.",
+    ),
+    (
+        "effective rank",
+        "How many directions the frequency descriptions really use. Near 0 or 1: they have become all alike (collapse).",
+    ),
+    (
+        "two dimensions",
+        "The two directions in which the bank's last vectors differ most (principal components). All rounds are drawn in them.",
+    ),
+)
+
+COMPARISON = (
+    ("mean ± sd", "Over the seeds; sd is the sample standard deviation, with n-1, and needs two seeds."),
+    (
+        "paired difference",
+        "The reference minus the other method on the same seed, and so on the same partition and schedule; mean over the seeds.",
+    ),
+    (
+        "95 % interval",
+        "Bootstrap: percentiles of the mean over resampled seeds, too narrow for few seeds. Student: assumes normal differences, "
+        "wide for few seeds. Believe a difference whose Student interval leaves out 0.",
+    ),
+    (
+        "Wilcoxon, Holm",
+        "Signed-rank test over all (participation, seed) pairs, adjusted for the number of methods compared. Pairs that share a "
+        "seed are not quite independent, so p is on the low side. Below six pairs it cannot speak, and no p is given.",
+    ),
+)
+
+_COUNTS = frozenset({"auc_classes_skipped"})
+
+# Scores for which less is better; everything else is better when larger.
+_LOWER_IS_BETTER = frozenset({"loss", "hd95", "asd", "rmse", "mae", "lpips", "ece"})
+
+
+def metric_label(name: str) -> str:
+    """Return the name of a metric as people write it."""
+    return _METRICS[name][0] if name in _METRICS else name.replace("_", " ")
+
+
+def is_score(metric: str) -> bool:
+    """Say whether more (or less) of a metric is better at all; a count is no score."""
+    return metric not in _COUNTS
+
+
+def lower_is_better(metric: str) -> bool:
+    """Say whether a smaller score is the better one."""
+    return metric in _LOWER_IS_BETTER
+
+
+def metric_terms(names: list[str]) -> tuple[tuple[str, str], ...]:
+    """Return the definitions of those of the metrics that have one here."""
+    return tuple(_METRICS[name] for name in names if name in _METRICS)

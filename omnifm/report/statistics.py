@@ -1,0 +1,204 @@
+"""Statistics of a comparison: mean and spread over seeds, and paired differences between two methods.
+
+Two methods are compared on the seeds that both have, so that what a seed decides (partition, schedule, initial weights) cancels.
+With seed means d_1..d_n of the differences, the interval is given twice: the percentile bootstrap over seeds, which is too
+narrow for few seeds, and Student's  mean ± t_{.975, n-1} · s / sqrt(n),  which assumes normal differences.
+Wilcoxon's signed-rank test runs over all (participation, seed) pairs, Holm-adjusted within a family of comparisons
+(S. Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6, 1979).
+
+A row is a line of `table.csv`: text by column. A method is named `strategy`, or `strategy:variant` where there is a variant.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from omnifm.errors import ConfigError
+
+Rows = Sequence[Mapping[str, str]]
+Interval = tuple[float, float]
+
+BOOTSTRAP_RESAMPLES = 10_000
+# With five pairs the smallest two-sided p is 2/2^5 = .0625: the test could not reject at 5 % whatever the data say.
+WILCOXON_MIN_PAIRS = 6
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method at one participation on one metric. `std` (n-1 in the denominator) needs two seeds; None = undefined."""
+
+    method: str
+    participation: float
+    metric: str
+    mean: float | None
+    std: float | None
+    count: int
+    undefined: int
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Method `a` minus method `b` on one metric.
+
+    `seeds` counts the seeds behind the mean and the intervals, `pairs` the (participation, seed) pairs behind the test;
+    `undefined` the pairs that both methods ran but one has no score for. `note` says why a value is None.
+    """
+
+    a: str
+    b: str
+    metric: str
+    participation: float | None
+    seeds: int
+    pairs: int
+    undefined: int
+    difference: float | None
+    bootstrap: Interval | None
+    student: Interval | None
+    wilcoxon: float | None
+    holm: float | None
+    note: str
+
+
+def method_of(row: Mapping[str, str]) -> str:
+    """Return the name of a row's method: its strategy, with the variant after a colon where there is one."""
+    variant = row.get("variant", "")
+    return f"{row['strategy']}:{variant}" if variant else row["strategy"]
+
+
+def methods(rows: Rows) -> list[str]:
+    """Return the methods in the order of the table."""
+    return list(dict.fromkeys(method_of(row) for row in rows))
+
+
+def participations(rows: Rows) -> list[float]:
+    """Return the participations in rising order."""
+    return sorted({float(row["participation"]) for row in rows})
+
+
+def score(row: Mapping[str, str], metric: str) -> float | None:
+    """Return a row's score, or None where it is undefined (empty, or not a finite number)."""
+    text = row.get(metric, "")
+    value = float(text) if text else math.nan
+    return value if math.isfinite(value) else None
+
+
+def summarise(rows: Rows, metrics: Sequence[str]) -> list[Summary]:
+    """Return mean and standard deviation over the seeds, for each method, participation and metric, in table order.
+
+    Undefined scores do not enter the mean; they are counted in `undefined`.
+    """
+    groups: dict[tuple[str, float], list[Mapping[str, str]]] = defaultdict(list)
+    for row in rows:
+        groups[method_of(row), float(row["participation"])].append(row)
+    return [_summary(method, share, metric, group) for (method, share), group in groups.items() for metric in metrics]
+
+
+def _summary(method: str, participation: float, metric: str, group: Rows) -> Summary:
+    values = [value for row in group if (value := score(row, metric)) is not None]
+    mean = float(np.mean(values)) if values else None
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Summary(method, participation, metric, mean, std, len(values), len(group) - len(values))
+
+
+def paired(rows: Rows, a: str, b: str, metric: str, participation: float | None = None) -> Paired:
+    """Return the paired difference `a` minus `b`; over all participations that both have, or over the given one.
+
+    Raises:
+        ConfigError: a method is not in the table.
+    """
+    known = methods(rows)
+    for name in (a, b):
+        if name not in known:
+            raise ConfigError(f"method {name!r} is not in the table; it has {', '.join(known)}")
+    left, right = (_scores(rows, name, metric, participation) for name in (a, b))
+    shared = [key for key in left if key in right]
+    differences: dict[str, list[float]] = defaultdict(list)
+    for key in shared:
+        first, second = left[key], right[key]
+        if first is not None and second is not None:
+            differences[key[1]].append(first - second)
+    pairs = [d for group in differences.values() for d in group]
+    means = np.array([np.mean(group) for group in differences.values()])
+    return Paired(
+        a=a,
+        b=b,
+        metric=metric,
+        participation=participation,
+        seeds=len(means),
+        pairs=len(pairs),
+        undefined=len(shared) - len(pairs),
+        difference=float(means.mean()) if len(means) else None,
+        bootstrap=_bootstrap_interval(means, f"{a}|{b}|{metric}|{participation}"),
+        student=_student_interval(means),
+        wilcoxon=_wilcoxon(pairs),
+        holm=None,
+        note=_note(len(means), len(pairs)),
+    )
+
+
+def _scores(rows: Rows, method: str, metric: str, participation: float | None) -> dict[tuple[float, str], float | None]:
+    chosen = [row for row in rows if method_of(row) == method and participation in (None, float(row["participation"]))]
+    return {(float(row["participation"]), row["seed"]): score(row, metric) for row in chosen}
+
+
+def _note(seeds: int, pairs: int) -> str:
+    if seeds == 0:
+        return "no seed that both methods have a score for"
+    if seeds == 1:
+        return "one seed: no interval, no test"
+    return "" if pairs >= WILCOXON_MIN_PAIRS else f"Wilcoxon needs {WILCOXON_MIN_PAIRS} pairs, there are {pairs}"
+
+
+def compare(rows: Rows, reference: str, metric: str, participation: float | None = None) -> list[Paired]:
+    """Compare `reference` with every other method, in table order; `holm` is adjusted over these comparisons.
+
+    Raises:
+        ConfigError: the reference is not in the table.
+    """
+    results = [paired(rows, reference, name, metric, participation) for name in methods(rows) if name != reference]
+    tested = [result.wilcoxon for result in results if result.wilcoxon is not None]
+    adjusted = iter(holm(tested))
+    return [result if result.wilcoxon is None else replace(result, holm=next(adjusted)) for result in results]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return Holm's adjusted p values, in the order given: p~_(i) = max_{j<=i} min(1, (n-j+1) p_(j)) for sorted p_(1..n)."""
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _bootstrap_interval(means: np.ndarray, name: str) -> Interval | None:
+    if len(means) < 2:
+        return None
+    # torch comes with omnifm.seeds; a report of a single run must not pay for it.
+    from omnifm.seeds import numpy_generator
+
+    draws = numpy_generator(0, "report", "bootstrap", name).integers(len(means), size=(BOOTSTRAP_RESAMPLES, len(means)))
+    low, high = np.quantile(means[draws].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _student_interval(means: np.ndarray) -> Interval | None:
+    if len(means) < 2:
+        return None
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means)))
+    return float(means.mean()) - half, float(means.mean()) + half
+
+
+def _wilcoxon(pairs: Sequence[float]) -> float | None:
+    if len(pairs) < WILCOXON_MIN_PAIRS:
+        return None
+    if not any(pairs):
+        return 1.0
+    from scipy.stats import wilcoxon
+
+    return float(wilcoxon(pairs).pvalue)
