@@ -147,7 +147,9 @@ def one_line(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-    return f"{key}: {reason}" if key else reason
+    line = f"{key}: {reason}" if key else reason
+    # A key may be any text in TOML, a line break too.
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def parse(raw: Mapping[str, Any]) -> Config:

@@ -55,6 +55,7 @@ def execute(config: Config, out: Path, *, resume: bool = False, watch: Watcher |
     """
     if _is_finished(config, out, resume):
         return read_json(out / "metrics.json")
+    build.strategy_options(config)  # a misspelt option must not wait for the images
     parts = _assemble(config, out, build.load_data(config), watch)
     try:
         server = _start(parts, resume)

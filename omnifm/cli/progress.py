@@ -33,7 +33,9 @@ class RunView:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._progress.stop()
+        # Stopping a bar that was never started prints an empty line.
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def event(self, record: Mapping[str, Any]) -> None:
         """Take one event."""
