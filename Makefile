@@ -20,7 +20,7 @@ export NO_MKDOCS_2_WARNING := 1
 DEMO_DATA := runs/demo-data
 DEMO_OUT := runs/demo
 DEMO_MAKE := $(BIN)/omnifm data make atlas $(DEMO_DATA).part --patients 80 --seed 0
-DEMO_RUN := $(BIN)/omnifm compare configs/demo.toml --strategies omnifm,fedavg,local --seeds 0 --out $(DEMO_OUT)
+DEMO_RUN := $(BIN)/omnifm compare configs/demo.toml --strategies omnifm,fedavg,local --seeds 0 --jobs 2 --out $(DEMO_OUT)
 
 # More words for a tool, e.g. `make test ARGS="tests/spectral -k parseval"`.
 ARGS ?=
