@@ -31,16 +31,17 @@ def print_scores(metrics: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    views = {view: scores for view, scores in metrics["test"].items() if scores}
-    best = (metrics["best"] or {}).get("test", {})
     title = f"{metrics['strategy']}, test split" + (" (simulated data)" if metrics["simulated"] else "")
+    last, best = metrics["test"], (metrics["best"] or {}).get("test", {})
+    names = list(dict.fromkeys(name for scores in last.values() for name in scores or ()))
     table = Table(title=title)
-    for column in ("score", *views, *(f"{view} (best val.)" for view in views)):
-        table.add_column(column, justify="left" if column == "score" else "right")
-    for name in dict.fromkeys(name for scores in views.values() for name in scores):
-        cells = [_number(scores.get(name)) for scores in views.values()]
-        cells += [_number((best.get(view) or {}).get(name)) for view in views]
-        table.add_row(name, *cells)
+    for column in ("round, model", *names):
+        table.add_column(column.replace("_", " "), justify="left" if column == "round, model" else "right")
+    for label, views in (("last", last), ("best val.", best)):
+        for view, scores in views.items():
+            if scores:
+                table.add_row(f"{label} {view}", *(_number(scores.get(name)) for name in names))
+        table.add_section()
     console = Console()
     console.print(table)
     traffic, seconds = metrics["bytes"], metrics["seconds"]

@@ -99,9 +99,12 @@ class Evaluator:
         split: str,
     ) -> dict[View, Scores | None]:
         weights = {client: sizes[split] for client, sizes in self._sizes.items()}
-        views: dict[View, Scores | None] = {"global": None, "finetuned": None}
-        views["personal"] = weighted_mean([(table[c]["personal"], weights[c]) for c in table])
-        views["worst"] = lowest([table[c]["personal"] for c in table])
+        views: dict[View, Scores | None] = {
+            "personal": weighted_mean([(table[c]["personal"], weights[c]) for c in table]),
+            "worst": lowest([table[c]["personal"] for c in table]),
+            "global": None,
+            "finetuned": None,
+        }
         if "finetuned" in states:
             views["finetuned"] = weighted_mean([(table[c]["finetuned"], weights[c]) for c in table])
         if "global" in states:
