@@ -5,7 +5,6 @@ import io
 import itertools
 import multiprocessing
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omnifm.config import Config, digest, load
+from omnifm.config import Config, digest, load, read_toml
 from omnifm.errors import CheckpointError, ConfigError, OmnifmError
 from omnifm.track.folder import read_json, write_text
 
@@ -51,12 +50,7 @@ def read_variants(path: Path) -> list[Variant]:
     Raises:
         ConfigError: the file is missing, or a table has a bad name, other keys or other types.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file ({error})") from None
+    raw = read_toml(path)
     for name, table in raw.items():
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise ConfigError(f"{path}: [{name!r}] names a folder, so it may have letters, digits, '_', '-' and '.' only")
@@ -116,8 +110,8 @@ def run_cells(cells: Sequence[Cell], out: Path, jobs: int = 1) -> Iterator[tuple
 
 
 def _run_side_by_side(cells: Sequence[Cell], out: Path, jobs: int) -> Iterator[tuple[Cell, str | None]]:
-    """Run cells in a pool of processes; None is the outcome of those whose pool broke."""
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """Run each cell in a process of its own, so that its peak memory is its own; None is the outcome where the pool broke."""
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         futures: dict[Future[str], Cell] = {pool.submit(_run_cell, cell, out): cell for cell in cells}
         for future in as_completed(futures):
             try:

@@ -160,6 +160,16 @@ def parse(raw: Mapping[str, Any]) -> Config:
         raise ConfigError(one_line(error)) from None
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Raises ConfigError naming it when it is missing or no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file ({error})") from None
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML config, apply `key=TOML-VALUE` overrides, check the result.
 
@@ -168,12 +178,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file is missing or no TOML, or a key is wrong.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file ({error})") from None
+    raw = read_toml(path)
     _anchor(raw, path.resolve().parent)
     changes: dict[str, Any] = {}
     for override in overrides:
