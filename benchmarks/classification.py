@@ -1,6 +1,7 @@
 """The published classification tables: strategies x seeds x participation, and the ablation. Resumable.
 
     python benchmarks/classification.py [--jobs 2] [--only main20|ablation|main100]
+    python benchmarks/classification.py --markdown      # the tables of docs/results/classification.md, nothing is run
 
 Each finished cell is one line of benchmarks/results/classification.csv with commit, seed, config hash and machine. A cell whose
 line is there (same config hash) is not run again, so the script can be stopped at any time. The last line of the output is a
@@ -63,6 +64,29 @@ def summary(rows: list[Row]) -> dict[str, float]:
     return {name: round(statistics.mean(values), 4) for name, values in groups.items()}
 
 
+def markdown(rows: list[Row]) -> str:
+    """Return the results as a Markdown table: mean and standard deviation over seeds, in points of accuracy."""
+    columns = ("personal", "worst", "global", "finetuned", "best_personal")
+    lines = [
+        f"| strategy | variant | participation | rounds | seeds | {' | '.join(columns)} |",
+        "|---" * (5 + len(columns)) + "|",
+    ]
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in ("strategy", "variant", "participation", "rounds")), []).append(row)
+    for names, members in groups.items():
+        cells = [_spread([row.get(f"{column}_accuracy") or "" for row in members]) for column in columns]
+        lines.append(f"| {' | '.join((*names, str(len(members)), *cells))} |")
+    return "\n".join(lines)
+
+
+def _spread(texts: list[str]) -> str:
+    values = [100 * float(text) for text in texts if text]
+    if not values:
+        return "none"
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,7 +94,11 @@ def main() -> None:
     parser.add_argument("--only", choices=["", "main20", "ablation", "main100"], default="", help="one part of the tables")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "classification", help="folder of the runs")
+    parser.add_argument("--markdown", action="store_true", help="print the tables, run nothing")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown(read_results(arguments.results)))
+        return
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     rows = read_results(arguments.results)
     known = {(row["cell"], row["config_hash"]) for row in rows if row["status"] == "ok"}
