@@ -82,6 +82,7 @@ class Site:
         if config.engine.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stubs do not
         self.sharing = sharing.split_state(self.model, strategy.private(self.model), strategy.context.buffers)
+        self._has_batch_norm = any(isinstance(module, sharing.BATCH_NORMS) for module in self.model.modules())
         # Clients that never trained start from these, so the model can be handed from client to client.
         self._initial = sharing.read(self.model, (*self.sharing.private, *self.sharing.dropped))
 
@@ -198,7 +199,7 @@ class Site:
         order = torch.randperm(len(job.data.train), generator=generator)[:budget]
         for index in order.split(self._config.optimiser.batch_size):
             # BatchNorm cannot train on one example; skipping it is what FL-bench does.
-            if len(index) > 1 or len(order) == 1:
+            if len(index) > 1 or not self._has_batch_norm:
                 batch = job.data.train.batch(index)
                 yield self.task.augment(batch, generator) if self._config.augmented else batch
 
@@ -214,6 +215,10 @@ class Site:
             for batch in self._batches(job, epoch, budget):
                 total += self._step(job, batch, optimiser, with_strategy)
                 steps += 1
+        if not steps:
+            raise FederationError(
+                f"client {job.client}: BatchNorm cannot train on batches of one image (set model.norm = 'group')"
+            )
         loss, penalty = (total / steps).tolist()
         if not math.isfinite(loss + penalty):
             raise FederationError(f"client {job.client}, round {job.round}: the loss is not finite (lower optimiser.lr?)")
