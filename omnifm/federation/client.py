@@ -217,7 +217,7 @@ class Site:
                 steps += 1
         if not steps:
             raise FederationError(
-                f"client {job.client}: BatchNorm cannot train on batches of one image (set model.norm = 'group')"
+                f"client {job.client}: BatchNorm cannot train on batches of one (set model.norm = 'group')"
             )
         loss, penalty = (total / steps).tolist()
         if not math.isfinite(loss + penalty):
