@@ -216,9 +216,7 @@ class Site:
                 total += self._step(job, batch, optimiser, with_strategy)
                 steps += 1
         if not steps:
-            raise FederationError(
-                f"client {job.client}: BatchNorm cannot train on batches of one (set model.norm = 'group')"
-            )
+            raise FederationError(f"client {job.client}: BatchNorm cannot train on batches of one (set model.norm = 'group')")
         loss, penalty = (total / steps).tolist()
         if not math.isfinite(loss + penalty):
             raise FederationError(f"client {job.client}, round {job.round}: the loss is not finite (lower optimiser.lr?)")

@@ -1,0 +1,187 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from omnifm import seeds
+from omnifm.config import OptimiserConfig
+from omnifm.errors import FederationError
+from omnifm.federation.client import build_optimiser, learning_rate
+from omnifm.federation.messages import Request
+from omnifm.tasks.base import Batch
+from tests.support import HOSPITALS, Lab, Spy, differing, make_lab, spy
+
+ONE = HOSPITALS[:1]
+
+
+def test_the_rate_is_constant_or_half_a_cosine() -> None:
+    constant, cosine = OptimiserConfig(lr=0.4), OptimiserConfig(lr=0.4, schedule="cosine")
+    assert [learning_rate(constant, r, 10) for r in (0, 5, 9)] == [0.4] * 3
+    assert [learning_rate(cosine, r, 10) for r in (0, 5, 10)] == pytest.approx([0.4, 0.2, 0.0])
+    assert learning_rate(cosine, 9, 10) == pytest.approx(0.2 * (1 + math.cos(0.9 * math.pi)))
+
+
+def test_the_optimiser_is_the_one_that_is_named() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).requires_grad_(False))
+    sgd = build_optimiser(net, OptimiserConfig(momentum=0.5, weight_decay=0.1), 0.3)
+    adam = build_optimiser(net, OptimiserConfig(name="adamw", weight_decay=0.1), 0.3)
+    assert isinstance(sgd, torch.optim.SGD) and isinstance(adam, torch.optim.AdamW)
+    group = sgd.param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"], len(group["params"])) == (0.3, 0.5, 0.1, 2)
+    assert (adam.param_groups[0]["lr"], adam.param_groups[0]["weight_decay"]) == (0.3, 0.1)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_local_loop_is_a_bare_loop_over_the_same_batches(name: str, tmp_path: Path) -> None:
+    """Same seed, same order of batches: the same bits, over two rounds with a fresh optimiser each."""
+    changes: dict[str, Any] = {
+        "optimiser__name": name,
+        "federation__local_epochs": 2,
+        "optimiser__schedule": "cosine",
+        "optimiser__clip_norm": 0.5,
+    }
+    lab = make_lab(tmp_path, hospitals=ONE, **changes)
+    model, train = make_lab(tmp_path, hospitals=ONE, **changes).site.model, lab.task.client_data("a").train
+    for round_index in range(2):
+        lr = learning_rate(lab.config.optimiser, round_index, 2)
+        optimiser = build_optimiser(model, lab.config.optimiser, lr)
+        for epoch in range(2):
+            order = torch.randperm(10, generator=seeds.generator(0, "batches", round_index, "a", epoch))
+            for index in order.split(4):
+                batch = train.batch(index)
+                optimiser.zero_grad()
+                torch.nn.functional.cross_entropy(model(batch.image).prediction, batch.target).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                optimiser.step()
+    assert differing(lab.run().shared, dict(model.state_dict())) == []
+
+
+def watched(lab: Lab) -> list[Batch]:
+    """Collect the batches that a site trains on."""
+    found: list[Batch] = []
+    loss = lab.task.loss
+
+    def keep(prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
+        found.append(batch)
+        return loss(prediction, batch)
+
+    lab.task.loss = keep  # type: ignore[method-assign]
+    return found
+
+
+def test_an_epoch_is_every_example_once_in_a_new_order(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, hospitals=ONE, federation__rounds=1, federation__local_epochs=2)
+    batches = watched(lab)
+    lab.run()
+    rows = [batch.row.tolist() for batch in batches]
+    assert [len(r) for r in rows] == [4, 4, 2] * 2
+    first, second = ([k for r in half for k in r] for half in (rows[:3], rows[3:]))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+
+@pytest.mark.parametrize(("norm", "sizes"), [("group", [4, 4, 1]), ("batch", [4, 4])])
+def test_a_batch_of_one_is_left_out_for_batch_norm_alone(norm: str, sizes: list[int], tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, hospitals=(replace(ONE[0], train=9),), model__norm=norm, federation__rounds=1)
+    batches = watched(lab)
+    lab.run()
+    assert [len(batch.row) for batch in batches] == sizes
+
+
+def test_a_client_of_one_image_trains_unless_there_is_batch_norm(tmp_path: Path) -> None:
+    alone = (replace(ONE[0], train=1),)
+    lab = make_lab(tmp_path / "1", hospitals=alone, federation__rounds=1)
+    lab.run()
+    assert lab.task.seen == 1
+    lab = make_lab(tmp_path / "2", hospitals=alone, model__norm="batch", federation__rounds=1)
+    with pytest.raises(FederationError, match=r"client a.*BatchNorm") as caught:
+        lab.run()
+    assert "\n" not in str(caught.value)
+
+
+def test_training_images_are_augmented_and_test_images_are_not(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, hospitals=ONE, data__augment="flip_shift", federation__rounds=1)
+    batches, train = watched(lab), lab.task.client_data("a").train
+    server = lab.run()
+    assert any(not torch.equal(b.image, train.batch(b.row).image) for b in batches)
+    plain = make_lab(tmp_path / "2", hospitals=ONE, federation__rounds=1)
+    assert lab.evaluate(server) == plain.evaluate(server)
+
+
+def test_the_loss_that_is_reported_is_the_mean_over_the_steps(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, hospitals=ONE, federation__rounds=1, optimiser__lr=1e-9, optimiser__batch_size=5)
+    lab.run()
+    model, train = make_lab(tmp_path).site.model, lab.task.client_data("a").train
+    batch = train.batch(torch.arange(10))
+    expected = torch.nn.functional.cross_entropy(model(batch.image).prediction, batch.target)
+    found = [e["loss"] for e in lab.events if "loss" in e]
+    assert found == pytest.approx([float(expected.detach())] * 2, rel=1e-5)
+
+
+def test_a_rate_too_high_is_one_line_that_says_so(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, federation__rounds=4, optimiser__lr=1e30)
+    with pytest.raises(FederationError, match=r"client \w, round \d: .*not finite") as caught:
+        lab.run()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, "omnifm", federation__rounds=1)
+    before = torch.get_rng_state()
+    lab.evaluate(lab.run(), finetune=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_is_drawn_from_the_stream_of_round_and_client(tmp_path: Path) -> None:
+    """Code that cannot be handed a generator draws the same whatever was drawn before it, and whoever trained before."""
+
+    def trained(seed: int, schedule: list[list[str]]) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        lab = make_lab(tmp_path / str(seed), engine=Spy, schedule=schedule, federation__rounds=1)
+        lab.site.model.head.register_forward_pre_hook(lambda _, args: (torch.nn.functional.dropout(args[0]), *args[1:]))
+        lab.run()
+        return dict(spy(lab).trained()[-1].tensors)
+
+    assert differing(trained(1, [["b"]]), trained(2, [["a", "b"]])) == []
+
+
+def test_evaluation_between_rounds_changes_nothing(tmp_path: Path) -> None:
+    labs = [make_lab(tmp_path / str(i), "omnifm", model__norm="batch", federation__rounds=3) for i in range(2)]
+    labs[1].after_round = lambda lab, server, done: void(lab.evaluate(server, finetune=True))
+    first, second = (lab.snapshot(lab.run()) for lab in labs)
+    assert differing(first, second) == []
+
+
+def void(_: object) -> None:
+    """Throw an answer away."""
+
+
+def test_predictions_for_pictures_are_those_that_are_scored(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, "fedper")
+    server = lab.run()
+    settings = {"split": "test", "view": "personal"}
+    request = Request("evaluate", 2, "b", server.shared, settings=settings)
+    prediction, batch = lab.site.predict(request, torch.arange(6))
+    state = lab.site.handle(request).extra
+    torch.testing.assert_close(prediction.double().softmax(1), state["probability"])
+    assert torch.equal(batch.target, state["label"])
+
+
+def test_every_event_of_a_client_says_what_it_did(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, "fedper", engine=Spy)
+    lab.run()
+    events = [e for e in lab.events if e["event"] == "client"]
+    assert [(e["round"], e["client"], e["num_examples"]) for e in events] == [
+        (r, h.id, h.train) for r in (0, 1) for h in HOSPITALS
+    ]
+    bytes_of_phi = sum(4 * t.numel() for t in lab.untrained.values())
+    for e in events:
+        assert e["bytes_up"] == e["bytes_down"] == {"backbone": bytes_of_phi}
+    rounds = [e for e in lab.events if e["event"] == "round"]
+    for number, e in enumerate(rounds):
+        mine = [c for c in events if c["round"] == number]
+        assert e["loss"] == pytest.approx(sum(c["loss"] * c["num_examples"] for c in mine) / 36)
+        assert e["clients"] == ["a", "b", "c", "d"]
+    assert all(r.seconds > 0 for r in spy(lab).replies)

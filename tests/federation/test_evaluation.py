@@ -1,0 +1,137 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import f1_score
+
+from omnifm.federation.evaluation import lowest, weighted_mean
+from omnifm.federation.sharing import write
+from omnifm.metrics.base import Scores
+from omnifm.tasks.base import Split
+from tests.support import CLASSES, HOSPITALS, Hospital, Lab, Spy, differing, make_lab, spy
+
+
+def test_the_mean_is_weighted_and_leaves_out_what_is_undefined() -> None:
+    rows: list[tuple[Scores | None, int]] = [
+        ({"a": 1.0, "b": None, "c": None}, 1),
+        ({"a": 0.0, "b": 0.5, "c": None}, 3),
+        (None, 100),
+        ({"a": 0.9, "b": 0.9, "c": 0.9}, 0),
+    ]
+    assert weighted_mean(rows) == {"a": 0.25, "b": 0.5, "c": None}
+    assert weighted_mean([]) == {} and weighted_mean([(None, 3)]) == {}
+
+
+def test_the_worst_is_per_score() -> None:
+    rows: list[Scores | None] = [{"a": 0.5, "b": None}, None, {"a": 0.2, "b": None}, {"a": None, "b": None, "c": 1.0}]
+    assert lowest(rows) == {"a": 0.2, "b": None, "c": 1.0}
+    assert lowest([None]) == {} and lowest([{"a": 0.0}, {"a": 0.1}]) == {"a": 0.0}
+
+
+def predict(lab: Lab, tensors: dict[str, torch.Tensor], split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return predicted and true classes of a plain model with these weights."""
+    write(lab.site.model, tensors)
+    lab.site.model.eval()
+    batch = split.batch(torch.arange(len(split)))
+    with torch.no_grad():
+        return lab.site.model(batch.image).prediction.argmax(1).numpy(), batch.target.numpy()
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedper"])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_the_numbers_of_the_contract_worked_out_by_hand(strategy: str, split: str, tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, strategy, federation__rounds=3, federation__local_epochs=3)
+    server = lab.run()
+    found = lab.evaluate(server, split)
+    hits: dict[str, np.ndarray] = {}
+    scores: dict[str, float] = {}
+    pooled: list[tuple[np.ndarray, np.ndarray]] = []
+    for h in HOSPITALS:
+        own = server.shared | lab.private(h.id)
+        pooled.append(predict(lab, own, lab.task.client_data(h.id).split(split)))
+        guess, truth = pooled[-1]
+        hits[h.id] = guess == truth
+        scores[h.id] = f1_score(truth, guess, labels=range(CLASSES), average="macro", zero_division=0)
+        assert found.clients[h.id]["personal"]["accuracy"] == pytest.approx(hits[h.id].mean())  # type: ignore[index]
+    personal, worst = found.views["personal"], found.views["worst"]
+    assert personal is not None and worst is not None
+    assert personal["accuracy"] == pytest.approx(np.concatenate(list(hits.values())).mean())
+    sizes = [len(hits[h.id]) for h in HOSPITALS]
+    assert personal["f1_union"] == pytest.approx(np.average([scores[h.id] for h in HOSPITALS], weights=sizes))
+    assert worst["accuracy"] == pytest.approx(min(h.mean() for h in hits.values()))
+    assert worst["f1_union"] == pytest.approx(min(scores.values()))
+    if strategy == "fedper":
+        assert found.views["global"] is None
+        return
+    guess, truth = (np.concatenate(part) for part in zip(*pooled, strict=True))
+    whole = f1_score(truth, guess, labels=range(CLASSES), average="macro", zero_division=0)
+    assert found.views["global"] is not None
+    # One set of all clients' examples, which is no mean of the clients' scores.
+    assert found.views["global"]["f1_union"] == pytest.approx(whole) and whole != pytest.approx(personal["f1_union"])
+
+
+def test_clients_without_examples_have_no_score_and_no_weight(tmp_path: Path) -> None:
+    hospitals = (Hospital("a", "CT", 8, test=6), Hospital("b", "US", 8, test=0))
+    lab = make_lab(tmp_path, hospitals=hospitals, engine=Spy)
+    found = lab.evaluate(lab.run(), finetune=True)
+    assert found.clients["b"] == {"personal": None, "global": None, "finetuned": None}
+    assert found.views["personal"] == found.clients["a"]["personal"] == found.views["worst"]
+    assert all(q.client == "a" for q in spy(lab).requests if q.kind == "evaluate")
+
+
+def test_fine_tuning_is_asked_for_and_can_be_left_out(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path / "1", engine=Spy, optimiser__finetune_lr=0.02, federation__finetune_epochs=3)
+    server = lab.run()
+    assert lab.evaluate(server).views["finetuned"] is None
+    found = lab.evaluate(server, finetune=True)
+    assert found.views["finetuned"] is not None
+    settings = [q.settings for q in spy(lab).requests if "finetune_epochs" in q.settings]
+    assert len(settings) == 4 and all((s["finetune_epochs"], s["finetune_lr"]) == (3, 0.02) for s in settings)
+    off = make_lab(tmp_path / "2", federation__finetune_epochs=0)
+    assert off.evaluate(off.run(), finetune=True).views["finetuned"] is None
+
+
+def test_fine_tuning_is_local_training_on_the_task_alone(tmp_path: Path) -> None:
+    """It is what two more local epochs give, by hand; FedProx's pull takes no part in it."""
+    changes: dict[str, Any] = {"optimiser__momentum": 0.0, "optimiser__finetune_lr": 0.05, "federation__finetune_epochs": 2}
+    lab = make_lab(tmp_path, "fedprox", {"mu": 5.0}, hospitals=HOSPITALS[:1], engine=Spy, optimiser__batch_size=10, **changes)
+    server = lab.run()
+    lab.evaluate(server, finetune=True)
+    found = spy(lab).replies[-1].extra["probability"]
+    data, model = lab.task.client_data("a"), lab.site.model
+    write(model, server.shared)
+    batch, test = data.train.batch(torch.arange(10)), data.test.batch(torch.arange(6))
+    parameters = list(model.parameters())
+    for _ in range(2):
+        loss = torch.nn.functional.cross_entropy(model(batch.image).prediction, batch.target)
+        for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            p.data -= 0.05 * (g + 1e-4 * p.data)
+    with torch.no_grad():
+        expected = model(test.image).prediction.double().softmax(1)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_scores_come_from_the_state_of_the_round_that_is_asked_for(tmp_path: Path) -> None:
+    """After three rounds, the personal view after one reads what the clients held then."""
+    lab = make_lab(tmp_path, "local", federation__rounds=3, federation__local_epochs=3)
+    lab.after_round = lambda lab, server, done: server.meta.update(keep=[1])
+    server = lab.run()
+    early = make_lab(tmp_path / "1", "local", federation__rounds=1, federation__local_epochs=3)
+    first = early.evaluate(early.run())
+    lab.schedule = lab.schedule[:1]
+    assert lab.evaluate(server) == first
+
+
+def test_a_client_is_scored_with_the_shared_tensors_that_are_its_own(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, "fedavg", {"aggregation": "neighbours", "neighbourhood_shrinkage": 0.0}, engine=Spy)
+    server = lab.run()
+    lab.evaluate(server)
+    asked = [q for q in spy(lab).requests if q.kind == "evaluate"]
+    own = {h.id: dict(lab.strategy.shared_for(server, h.id)) for h in HOSPITALS}
+    assert differing(own["a"], server.shared)
+    for request in asked:
+        expected = server.shared if request.settings["view"] == "global" else own[request.client]
+        assert differing(dict(request.tensors), expected) == []
+    assert sorted(q.settings["view"] for q in asked) == ["global"] * 4 + ["personal"] * 4
