@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import ONE_THREAD, ROOT, Finished, Spread, finish, goal, load_average, row, run_process, say, scratch_folder
 from peers.install import python_of
 from peers.job import Assignment, Job
+
+from measure import ONE_THREAD, ROOT, Finished, Spread, finish, goal, load_average, row, run_process, say, scratch_folder
 
 JOBS = {
     "cnn282k": Job(model="cnn", clients=100, rounds=5, examples=32, batch=16, side=32),

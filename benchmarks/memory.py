@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from measure import ONE_THREAD, Spread, finish, goal, row, run_process, say, scratch_folder
-
 from runs import noise_cohort, run_omnifm
 
 ROWS_PER_CLIENT = 20

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import tomli_w
-from measure import ONE_THREAD, Finished, run_process
 from PIL import Image
 
 from omnifm.data.cohort import CohortSpec, Row, write_cohort
 from omnifm.seeds import numpy_generator
+
+from measure import ONE_THREAD, Finished, run_process
 
 SPLITS = ("train",) * 14 + ("val",) * 3 + ("test",) * 3
 CLASSES = ("a", "b", "c", "d")

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measure import Spread, finish, goal, row, say, scratch_folder
 
 from omnifm import build
 from omnifm.config import Config, parse
@@ -21,6 +20,8 @@ from omnifm.federation.client import Site, build_optimiser
 from omnifm.federation.messages import Reply, Request, size_by_group
 from omnifm.federation.state import LocalJob, ServerState
 from omnifm.seeds import generator
+
+from measure import Spread, finish, goal, row, say, scratch_folder
 from runs import noise_cohort, run_omnifm
 
 BANK_ROWS = 256

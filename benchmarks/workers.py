@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from measure import Spread, finish, goal, row, say, scratch_folder
-
 from runs import noise_cohort, run_omnifm
 
 
