@@ -79,9 +79,9 @@ def test_make_atlas_passes_its_arguments_on(tmp_path: Path, monkeypatch: pytest.
         return [folder / "one"]
 
     monkeypatch.setattr(omnifm.data.atlas, "make_atlas", record)
-    result = RUNNER.invoke(app, ["make", "atlas", str(tmp_path), "--patients", "7", "--seed", "3"])
+    result = RUNNER.invoke(app, ["make", "atlas", str(tmp_path), "--patients", "12", "--seed", "3"])
     assert result.exit_code == 0, result.output
-    assert calls == [(tmp_path, 7, 3, 128)]
+    assert calls == [(tmp_path, 12, 3, 128)]
     assert str(tmp_path / "one") in result.stdout.replace("\n", "")
 
 

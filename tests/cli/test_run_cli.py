@@ -24,10 +24,10 @@ def test_a_run_prints_its_scores_and_where_its_report_is(omnifm: Command, job: P
     folder = Path("runs") / "job-fedavg-0"
     assert f"report: {folder}/report.html" in ended.out
     metrics = json.loads((tmp_path / folder / "metrics.json").read_text())
-    (accuracy,) = [line for line in ended.out.splitlines() if "accuracy" in line]
+    assert "accuracy" in ended.out
     for view in ("global", "personal", "worst", "finetuned"):
-        assert f"{metrics['test'][view]['accuracy']:.3f}" in accuracy
-        assert view in ended.out
+        (line,) = [line for line in ended.out.splitlines() if f"last {view}" in line]
+        assert line.split("│")[2].strip() == f"{metrics['test'][view]['accuracy']:.3f}"
     assert "MiB up" in ended.out
     # No terminal here: a line per evaluation instead of a bar.
     assert ended.err.startswith("round 1: loss ")
