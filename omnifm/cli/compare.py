@@ -82,9 +82,9 @@ def _print_means(out: Path) -> None:
     groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in rows:
         groups.setdefault((row["strategy"], row["variant"], row["participation"]), []).append(row)
-    table = Table(title="test split, last round, mean over seeds")
+    table = Table(title="accuracy on the test split, last round, mean over seeds")
     for column in ("strategy", "participation", *views, "seconds"):
-        table.add_column(column.replace("_", " "), justify="left" if column == "strategy" else "right")
+        table.add_column(column.removesuffix("_accuracy"), justify="left" if column == "strategy" else "right")
     for (strategy, variant, level), members in groups.items():
         cells = [_mean(members, view) for view in views] + [_mean(members, "seconds", digits=0)]
         table.add_row(" ".join(filter(None, (strategy, variant))), level, *cells)
