@@ -1,24 +1,46 @@
-"""Several sites, one process each. Messages are safetensors over pipes; the bits are those of one process.
+"""Several sites, one process each; the bits are those of one process.
 
-Every process has the same number of threads whatever the number of workers, so no reduction changes its order.
+Messages are safetensors files in memory (a folder of this run alone); pipes carry their names. Every process has the same
+number of threads whatever the number of workers, so no reduction changes its order.
 """
 
+import itertools
 import multiprocessing
+import shutil
 import signal
+import tempfile
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 from omnifm.errors import FederationError, OmnifmError
 from omnifm.federation.client import Site
-from omnifm.federation.messages import Reply, Request, decode, encode
+from omnifm.federation.messages import Reply, Request, read, write
 
 _OK, _USER_ERROR, _CRASH = b"r", b"e", b"c"
+# A worker that is done finds its next request waiting, while the server still adds up the last reply.
+_IN_FLIGHT = 2
+_ROOM = 4 * 2**30
 
 
-def _serve(connection: Connection, make_site: Callable[[], Site]) -> None:
-    """Answer requests until the pipe closes."""
+def _spool() -> Path:
+    """Make a folder for messages, in memory where there is room: nobody else can read it."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > _ROOM
+    return Path(tempfile.mkdtemp(prefix="omnifm-", dir=memory if roomy else None))
+
+
+def _take(path: Path) -> Request | Reply:
+    """Read a message and remove its file."""
+    message = read(path)
+    path.unlink()
+    return message
+
+
+def _serve(connection: Connection, make_site: Callable[[], Site], spool: Path) -> None:
+    """Answer requests until the pipe closes; then the server is done or dead, and its messages are of no use."""
     # Ctrl-C reaches every process of the terminal; the parent ends us by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     site: Site | None = None
@@ -26,14 +48,17 @@ def _serve(connection: Connection, make_site: Callable[[], Site]) -> None:
         try:
             blob = connection.recv_bytes()
         except (EOFError, ConnectionResetError):
+            shutil.rmtree(spool, ignore_errors=True)
             return
         try:
             if site is None:
                 site = make_site()
-            request = decode(blob)
+            request = _take(spool / blob.decode())
             if not isinstance(request, Request):
                 raise FederationError("a worker was sent a reply")
-            answer = _OK + encode(site.handle(request))
+            name = f"reply-{blob.decode()}"
+            write(site.handle(request), spool / name)
+            answer = _OK + name.encode()
         except OmnifmError as error:
             answer = _USER_ERROR + str(error).encode()
         except Exception:  # the parent says so in one line and keeps the traceback as the cause
@@ -49,51 +74,53 @@ class WorkerEngine:
 
     def __init__(self, make_site: Callable[[], Site], workers: int) -> None:
         context = multiprocessing.get_context("spawn")
+        self._spool = _spool()
+        self._numbers = itertools.count()
         self._connections: list[Connection] = []
         self._processes = []
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, make_site), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, make_site, self._spool), daemon=True)
             process.start()
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
 
     def exchange(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        """Yield the replies in request order. At most one request per worker is in flight, and as many replies wait.
+        """Yield the replies in request order. At most two requests per worker are on their way or wait to be yielded.
 
         Raises:
             FederationError: a client could not answer, or its worker died; names the client.
         """
         source = enumerate(requests)
-        idle = deque(self._connections)
-        busy: dict[Connection, tuple[int, str]] = {}
+        busy: dict[Connection, deque[tuple[int, str]]] = {connection: deque() for connection in self._connections}
         ready: dict[int, Reply] = {}
         due, exhausted = 0, False
-        while not exhausted or busy or ready:
-            while idle and not exhausted and len(busy) + len(ready) < 2 * len(self._connections):
-                exhausted = not self._send_next(source, idle, busy)
-            for connection in wait(list(busy)) if busy else ():
-                assert isinstance(connection, Connection)
-                number, client = busy.pop(connection)
-                ready[number] = _receive(connection, client)
-                idle.append(connection)
+        while not exhausted or any(busy.values()) or ready:
+            while not exhausted and len(ready) + sum(map(len, busy.values())) < _IN_FLIGHT * len(busy):
+                connection = min(busy, key=lambda c: len(busy[c]))
+                if len(busy[connection]) == _IN_FLIGHT:
+                    break
+                exhausted = not self._send_next(source, connection, busy[connection])
+            # Waiting for nobody would be for ever.
+            for answered in wait(asked) if (asked := [c for c, waiting in busy.items() if waiting]) else ():
+                assert isinstance(answered, Connection)
+                number, client = busy[answered].popleft()
+                ready[number] = _receive(answered, client, self._spool)
             while due in ready:
                 yield ready.pop(due)
                 due += 1
 
-    @staticmethod
-    def _send_next(
-        source: Iterator[tuple[int, Request]], idle: deque[Connection], busy: dict[Connection, tuple[int, str]]
-    ) -> bool:
+    def _send_next(self, source: Iterator[tuple[int, Request]], connection: Connection, waiting: deque[tuple[int, str]]) -> bool:
         item = next(source, None)
         if item is None:
             return False
         number, request = item
-        connection = idle.popleft()
-        busy[connection] = (number, request.client)
+        waiting.append((number, request.client))
+        name = f"{next(self._numbers)}.safetensors"
+        write(request, self._spool / name)
         try:
-            connection.send_bytes(encode(request))
+            connection.send_bytes(name.encode())
         except (BrokenPipeError, ConnectionResetError):
             raise FederationError(f"client {request.client}: its worker process has died") from None
         return True
@@ -107,9 +134,10 @@ class WorkerEngine:
             if process.is_alive():
                 process.kill()
                 process.join()
+        shutil.rmtree(self._spool, ignore_errors=True)
 
 
-def _receive(connection: Connection, client: str) -> Reply:
+def _receive(connection: Connection, client: str, spool: Path) -> Reply:
     try:
         answer = connection.recv_bytes()
     except (EOFError, ConnectionResetError):
@@ -121,7 +149,7 @@ def _receive(connection: Connection, client: str) -> Reply:
         trace = body.decode()
         message = f"client {client}: its worker failed ({trace.strip().splitlines()[-1]}; engine.workers = 1 shows where)"
         raise FederationError(message) from RuntimeError(trace)
-    reply = decode(body)
+    reply = _take(spool / body.decode())
     if not isinstance(reply, Reply):
         raise FederationError(f"client {client}: its worker sent a request")
     return reply

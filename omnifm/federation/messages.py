@@ -6,10 +6,11 @@ A message is named tensors plus a JSON header. Nothing is ever unpickled.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from omnifm.errors import FederationError
@@ -64,10 +65,7 @@ def size_by_group(tensors: Mapping[str, Tensor], extra: Mapping[str, Tensor]) ->
 
 def encode(message: Request | Reply) -> bytes:
     """Return `message` as one safetensors blob with a JSON header."""
-    named = {f"t:{k}": v.contiguous() for k, v in message.tensors.items()}
-    named |= {f"x:{k}": v.contiguous() for k, v in message.extra.items()}
-    plain = {k: v for k, v in vars(message).items() if k not in ("tensors", "extra")}
-    return save(named, metadata={"type": type(message).__name__, "header": json.dumps(plain)})
+    return save(*_pack(message))
 
 
 def decode(blob: bytes) -> Request | Reply:
@@ -75,11 +73,36 @@ def decode(blob: bytes) -> Request | Reply:
     try:
         named = load(blob)
         length = int.from_bytes(blob[:8], "little")
-        metadata = json.loads(blob[8 : 8 + length])["__metadata__"]
-        plain = json.loads(metadata["header"])
-        kind: type[Request] | type[Reply] = {"Request": Request, "Reply": Reply}[metadata["type"]]
-        tensors = {k[2:]: v for k, v in named.items() if k.startswith("t:")}
-        extra = {k[2:]: v for k, v in named.items() if k.startswith("x:")}
-        return kind(**plain, tensors=tensors, extra=extra)
+        return _unpack(named, json.loads(blob[8 : 8 + length])["__metadata__"])
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise FederationError(f"a message could not be read: {type(error).__name__}: {error}") from None
+
+
+def write(message: Request | Reply, path: Path) -> None:
+    """Write `message` to a file: what `encode` gives, without a copy in memory."""
+    named, metadata = _pack(message)
+    save_file(named, path, metadata=metadata)
+
+
+def read(path: Path) -> Request | Reply:
+    """Return the message in a file. Raises FederationError when it is not one of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        return _unpack(load_file(path), metadata)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise FederationError(f"a message could not be read: {type(error).__name__}: {error}") from None
+
+
+def _pack(message: Request | Reply) -> tuple[dict[str, Tensor], dict[str, str]]:
+    named = {f"t:{k}": v.contiguous() for k, v in message.tensors.items()}
+    named |= {f"x:{k}": v.contiguous() for k, v in message.extra.items()}
+    plain = {k: v for k, v in vars(message).items() if k not in ("tensors", "extra")}
+    return named, {"type": type(message).__name__, "header": json.dumps(plain)}
+
+
+def _unpack(named: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Request | Reply:
+    kind: type[Request] | type[Reply] = {"Request": Request, "Reply": Reply}[metadata["type"]]
+    tensors = {k[2:]: v for k, v in named.items() if k.startswith("t:")}
+    extra = {k[2:]: v for k, v in named.items() if k.startswith("x:")}
+    return kind(**json.loads(metadata["header"]), tensors=tensors, extra=extra)

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from omnifm.errors import FederationError
-from omnifm.federation.messages import Reply, Request, decode, encode, size_by_group
+from omnifm.federation.messages import Reply, Request, decode, encode, read, size_by_group, write
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
 Tensors = dict[str, torch.Tensor]
@@ -87,3 +88,22 @@ def test_bytes_are_counted_by_part_and_type() -> None:
     extra = {"bank/v": torch.ones(2, 2), "prototypes/w": torch.ones(1), "signature": torch.ones(4)}
     expected = {"backbone": 12 + 16, "head": 2, "bank": 16, "prototypes": 4, "signature": 16}
     assert size_by_group(shared, extra) == expected and size_by_group({}, {}) == {}
+
+
+def test_a_message_survives_a_file(tmp_path: Path) -> None:
+    message = Reply("train", 3, "ct-0", 17, {"a.w": torch.randn(3, 4)}, {"x/n": torch.arange(5)}, {"loss": 0.25}, 1.5)
+    write(message, tmp_path / "m.safetensors")
+    found = read(tmp_path / "m.safetensors")
+    assert isinstance(found, Reply)
+    assert torch.equal(found.tensors["a.w"], message.tensors["a.w"])
+    assert torch.equal(found.extra["x/n"], message.extra["x/n"])
+    assert (found.round, found.client, found.num_examples, found.metrics) == (3, "ct-0", 17, {"loss": 0.25})
+    assert (tmp_path / "m.safetensors").stat().st_size == len(encode(message))
+
+
+def test_a_file_that_is_no_message_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    write(Request("train", 0, "ct-0", {"w": torch.ones(100)}), path)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(FederationError, match="a message could not be read"):
+        read(path)
