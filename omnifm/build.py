@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from omnifm import seeds
 from omnifm.config import Config, one_line
-from omnifm.data.cache import CachedImages, default_cache_dir, load_images
+from omnifm.data.cache import default_cache_dir
 from omnifm.data.cohort import Cohort
 from omnifm.data.partition import ClientPlan, partition
 from omnifm.data.vetted import require_vetted
@@ -23,7 +23,7 @@ from omnifm.federation.client import LocalConfig, Site
 from omnifm.federation.state import ClientInfo, Context
 from omnifm.federation.store import ClientStore
 from omnifm.federation.strategy import Strategy, StrategyOptions
-from omnifm.tasks.base import Model, Task
+from omnifm.tasks.base import Model, Task, TaskData, TaskOptions
 
 STRATEGIES = {
     "local": "omnifm.federation.strategies.local:Local",
@@ -33,7 +33,10 @@ STRATEGIES = {
     "fedper": "omnifm.federation.strategies.fedper:FedPer",
     "omnifm": "omnifm.federation.strategies.omnifm:OmniFM",
 }
-TASKS = {"classification": "omnifm.tasks.classification:Classification"}
+TASKS = {
+    "classification": "omnifm.tasks.classification:Classification",
+    "mixed": "omnifm.tasks.mixed:Mixed",
+}
 
 
 def lookup(table: Mapping[str, str], kind: str, name: str) -> type[Any]:
@@ -60,17 +63,29 @@ def strategy_options(config: Config) -> tuple[type[Strategy], StrategyOptions]:
     return chosen
 
 
+def task_options(config: Config) -> dict[str, TaskOptions]:
+    """Return the checked options of the run's task and of every task that `[tasks]` names."""
+    options: dict[str, TaskOptions] = {}
+    for name in dict.fromkeys([*config.tasks, config.task]):
+        found = lookup(TASKS, "task", name)
+        try:
+            options[name] = found.Options.model_validate(config.tasks.get(name, {}))
+        except ValidationError as error:
+            raise ConfigError(f"tasks.{name}.{one_line(error)}") from None
+    return options
+
+
 @dataclass(frozen=True)
 class Data:
-    """Cohorts and images by cohort name, and the clients they are cut into."""
+    """Cohorts by name, the clients they are cut into, and where decoded images are kept."""
 
     cohorts: dict[str, Cohort]
-    images: dict[str, CachedImages]
     plans: tuple[ClientPlan, ...]
+    cache: Path
 
 
 def load_data(config: Config, *, check: bool = True) -> Data:
-    """Read, check, cut and decode the cohorts.
+    """Read, check and cut the cohorts.
 
     Args:
         config: the run.
@@ -80,14 +95,16 @@ def load_data(config: Config, *, check: bool = True) -> Data:
         DataError: a cohort has a problem, is for another task, or cannot be cut as asked.
     """
     cache = Path(config.data.cache) if config.data.cache else default_cache_dir()
+    reads: frozenset[str] = lookup(TASKS, "task", config.task).reads
     cohorts: dict[str, Cohort] = {}
     plans: list[ClientPlan] = []
     for entry in config.federation.cohorts:
         cohort = Cohort.read(Path(entry.path), seed=config.seed)
         if cohort.name in cohorts:
             raise DataError(f"cohort {cohort.name}: two cohorts of the federation have this name")
-        if cohort.spec.task != config.task:
-            raise DataError(f"cohort {cohort.name}: its task is {cohort.spec.task}, the run's is {config.task}")
+        if cohort.spec.task not in reads:
+            known = " or ".join(sorted(reads))
+            raise DataError(f"cohort {cohort.name}: its task is {cohort.spec.task}; a run of {config.task} reads {known}")
         cohorts[cohort.name] = cohort
         plans += partition(
             cohort,
@@ -100,13 +117,18 @@ def load_data(config: Config, *, check: bool = True) -> Data:
         )
     if check:
         require_vetted(cohorts.values(), cache)
-    images = {name: load_images(cohort, config.data.image_size, config.data.channels, cache) for name, cohort in cohorts.items()}
-    return Data(cohorts, images, tuple(plans))
+    return Data(cohorts, tuple(plans), cache)
 
 
 def make_task(config: Config, data: Data) -> Task:
     """Return the task of the run."""
-    task: Task = lookup(TASKS, "task", config.task)(config, data.cohorts, data.images, data.plans)
+    return build_task(TaskData(config, data.cohorts, data.plans, data.cache, build_task))
+
+
+def build_task(data: TaskData) -> Task:
+    """Return the task that `data.config` names, on these data."""
+    name = data.config.task
+    task: Task = lookup(TASKS, "task", name)(data, task_options(data.config)[name])
     return task
 
 
@@ -134,7 +156,8 @@ def make_model(config: Config, task: Task, strategy: Strategy) -> Model:
             strategy.setup(model)
             model.eval()
             with torch.no_grad():
-                model(torch.zeros(2, config.data.channels, config.data.image_size, config.data.image_size))
+                for inputs in task.probes():
+                    model(inputs)
     except (ValueError, DataError) as error:
         raise ConfigError(f"the model cannot be built: {error}") from None
     return model

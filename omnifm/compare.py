@@ -73,7 +73,7 @@ def plan_cells(
     Raises:
         ConfigError: a config is wrong, there is no cell, or two cells would share a folder.
     """
-    from omnifm.build import strategy_options
+    from omnifm.build import strategy_options, task_options
 
     levels = list(participation) or [load(path, overrides).federation.participation]
     cells = []
@@ -81,6 +81,7 @@ def plan_cells(
         own = [f"strategy={variant.strategy!r}", f"seed={seed}", f"federation.participation={level}"]
         config = load(path, [*overrides, *own, *variant.overrides])
         strategy_options(config)
+        task_options(config)
         cells.append(Cell(variant, level, seed, config))
     names = [cell.name for cell in cells]
     if not names:
@@ -139,8 +140,10 @@ def _run_cell(cell: Cell, out: Path) -> str:
 
 
 def write_table(cells: Iterable[Cell], status: Mapping[str, str], out: Path) -> Path:
-    """Write `table.csv`: a line per cell that was run, with its scores and what it cost; empty is undefined."""
-    rows = [cell_row(cell, status[cell.name], out) for cell in cells if cell.name in status]
+    """Write `table.csv`: a line per cell that was run, with scores and cost, then the references; empty is undefined."""
+    cells = [cell for cell in cells if cell.name in status]
+    rows = [cell_row(cell, status[cell.name], out) for cell in cells]
+    rows += reference_rows([cell for cell in cells if status[cell.name] == "ok"], out)
     columns = list(dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -175,6 +178,17 @@ def cell_row(cell: Cell, status: str, out: Path) -> dict[str, Any]:
     row |= {way: metrics["bytes"][way] for way in ("bank_up", "bank_down")}
     row |= {"seconds": round(metrics["seconds"]["total"], 1), "peak_rss_mib": round(metrics["peak_rss_mib"])}
     return row | {"commit": machine["commit"], "machine": machine["machine"]}
+
+
+def reference_rows(cells: Iterable[Cell], out: Path) -> list[dict[str, Any]]:
+    """Return a line for each untrained reference of the task, once per seed and participation: it depends on the data alone."""
+    rows: dict[tuple[float, int, str], dict[str, Any]] = {}
+    for cell in cells:
+        for name, views in read_json(out / "cells" / cell.name / "metrics.json").get("references", {}).items():
+            key = {"strategy": name, "variant": "", "participation": cell.participation, "seed": cell.seed}
+            line = {"cell": "", **key, "rounds": 0, "status": "reference", **_scores(views, ""), **_scores(views, "best_")}
+            rows.setdefault((cell.participation, cell.seed, name), line)
+    return list(rows.values())
 
 
 def _scores(views: Mapping[str, Mapping[str, float | None] | None], prefix: str) -> dict[str, float | None]:

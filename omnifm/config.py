@@ -71,12 +71,14 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The shared network."""
 
-    backbone: Literal["resnet18", "efficientnet_lite0"] = Field("resnet18", description="Network that makes the tokens.")
-    width: int = Field(64, ge=4, description="Channels of ResNet-18's first stage; 64 is the paper's, 16 suits a CPU.")
+    backbone: Literal["resnet18", "efficientnet_lite0"] = Field(
+        "resnet18", description="Trunk of classification and of the compact VQA model; the other tasks have their own networks."
+    )
+    width: int = Field(64, ge=4, description="Channels of the network's first stage; ResNet-18 has 64, 16 suits a CPU.")
     stem_stride: Literal[1, 2] = Field(
         2, description="Stride of ResNet-18's first convolution; 1 keeps more detail of small images."
     )
-    norm: Literal["group", "batch"] = Field("group", description="Normalisation layers of ResNet-18.")
+    norm: Literal["group", "batch"] = Field("group", description="Normalisation layers.")
     buffers: Literal["average", "local", "drop"] = Field(
         "average", description="Running statistics of BatchNorm: averaged, kept by each client, or reset each round."
     )
@@ -121,7 +123,7 @@ class EngineConfig(Section):
 class Config(Section):
     """A run, resolved."""
 
-    task: Literal["classification"] = "classification"
+    task: str = Field("classification", description="What is learned; `omnifm list tasks` names them.")
     strategy: str = "omnifm"
     seed: int = Field(0, ge=0)
     federation: FederationConfig = FederationConfig.model_construct()
@@ -130,6 +132,7 @@ class Config(Section):
     optimiser: OptimiserConfig = OptimiserConfig.model_construct()
     engine: EngineConfig = EngineConfig.model_construct()
     strategies: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Options by strategy name.")
+    tasks: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Options by task name.")
 
     @model_validator(mode="after")
     def _has_cohorts(self) -> "Config":
@@ -244,4 +247,6 @@ def digest(config: Config) -> str:
     for cohort in raw["federation"]["cohorts"]:
         cohort["path"] = Path(cohort["path"]).name
     raw["strategies"] = {config.strategy: raw["strategies"].get(config.strategy, {})}
+    if not raw["tasks"]:
+        raw.pop("tasks")  # a run without such options has the digest it had before there were any
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:12]

@@ -56,6 +56,7 @@ def execute(config: Config, out: Path, *, resume: bool = False, watch: Watcher |
     if _is_finished(config, out, resume):
         return read_json(out / "metrics.json")
     build.strategy_options(config)  # a misspelt option must not wait for the images
+    build.task_options(config)
     parts = _assemble(config, out, build.load_data(config), watch)
     try:
         server = _start(parts, resume)
@@ -95,7 +96,7 @@ def _assemble(config: Config, out: Path, data: build.Data, watch: Watcher | None
     recorder = RunRecorder(out, checkpoint, task.primary, watch)
     engine = build.make_engine(config, site, checkpoint.clients)
     sizes = {p.id: {"train": len(p.train), "val": len(p.val), "test": len(p.test)} for p in data.plans}
-    evaluator = Evaluator(task, strategy, engine, sizes, config.federation, config.optimiser, site.has_global())
+    evaluator = Evaluator(task, strategy, engine, sizes, config.federation, config.optimiser, site.has_global(), site.holds)
     return _Parts(config, out, data, task, strategy, site, engine, evaluator, checkpoint, recorder)
 
 
@@ -158,6 +159,7 @@ def _train(parts: _Parts, server: ServerState, completed: int) -> None:
         config=config,
         num_train={p.id: len(p.train) for p in plans},
         evaluate=lambda state, done: _evaluate_validation(parts, state, done),
+        holds=parts.site.holds,
     )
     run_rounds(federation, server, completed, parts.recorder)
 
@@ -202,6 +204,7 @@ def _finish(parts: _Parts) -> dict[str, Any]:
         if "best" in tested
         else None,
         "best_validation_round": best_round,
+        "references": parts.evaluator.references(config.federation.rounds, "test"),
         **totals(parts.out / "events.jsonl", time.perf_counter() - started, parts.recorder.seconds),
         "peak_rss_mib": peak_rss_mib(config.engine.workers),
     }

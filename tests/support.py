@@ -27,7 +27,7 @@ from omnifm.federation.strategy import Strategy
 from omnifm.metrics.base import Metric
 from omnifm.metrics.classification import ClassificationMetric
 from omnifm.tasks.augment import flip_shift
-from omnifm.tasks.base import Backbone, Batch, ClientData, Features, Head, Picture, Task
+from omnifm.tasks.base import Backbone, Batch, ClientData, Features, Head, Inputs, Picture, Task
 from omnifm.tasks.classification import PooledLinear
 from omnifm.track.checkpoint import Checkpoint
 
@@ -91,14 +91,15 @@ class TinyBackbone(Backbone):
         self.conv = nn.Conv2d(1, 8, 4, stride=4)
         self.norm = nn.BatchNorm2d(8) if norm == "batch" else nn.GroupNorm(2, 8)
 
-    def forward(self, image: Tensor) -> Features:
-        return Features(functional.relu(self.norm(self.conv(image - 0.5))).flatten(2).transpose(1, 2))
+    def forward(self, inputs: Inputs) -> Features:
+        return Features(functional.relu(self.norm(self.conv(inputs.image - 0.5))).flatten(2).transpose(1, 2))
 
 
 class MemoryTask(Task):
     """Classification of the hospitals' images. `data` replaces what a hospital holds; `seen` counts trained examples."""
 
     name = "classification"
+    reads = frozenset({"classification"})
     primary = "accuracy"
     one_label_space = True
 
@@ -132,7 +133,10 @@ class MemoryTask(Task):
         self.seen += len(batch.target) if torch.is_grad_enabled() else 0
         return functional.cross_entropy(prediction, batch.target)
 
-    def metric(self) -> Metric:
+    def probes(self) -> list[Inputs]:
+        return [Inputs(torch.zeros(2, 1, SIZE, SIZE))]
+
+    def metric(self, client: str | None = None) -> Metric:
         return ClassificationMetric(CLASSES)
 
     def picture(self, prediction: Tensor, batch: Batch, index: int) -> Picture:

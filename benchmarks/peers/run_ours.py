@@ -27,7 +27,7 @@ from omnifm.federation.store import ClientStore
 from omnifm.federation.strategies.fedavg import FedAvg
 from omnifm.federation.strategy import StrategyOptions
 from omnifm.metrics.base import Metric
-from omnifm.tasks.base import Backbone, Batch, ClientData, Features, Head, Model, Picture, Task
+from omnifm.tasks.base import Backbone, Batch, ClientData, Features, Head, Inputs, Model, Picture, Reading, Task
 from omnifm.track.checkpoint import Checkpoint
 from omnifm.track.recorder import RunRecorder
 
@@ -55,9 +55,9 @@ class Body(Backbone):
         self.body = body
         self.token_dim = width
 
-    def forward(self, image: Tensor) -> Features:
+    def forward(self, inputs: Inputs) -> Features:
         """Return `(b, 1, d)`."""
-        return Features(self.body(image).unsqueeze(1))
+        return Features(self.body(inputs.image).unsqueeze(1))
 
 
 class Classifier(Head):
@@ -67,9 +67,9 @@ class Classifier(Head):
         super().__init__()
         self.linear = linear
 
-    def forward(self, tokens: Tensor, context: Any) -> Tensor:
+    def forward(self, reading: Reading) -> Tensor:
         """Return logits."""
-        logits: Tensor = self.linear(tokens.squeeze(1))
+        logits: Tensor = self.linear(reading.tokens.squeeze(1))
         return logits
 
 
@@ -77,6 +77,7 @@ class JobTask(Task):
     """The job as a task. Nothing is evaluated, drawn or augmented."""
 
     name = "benchmark"
+    reads = frozenset[str]()
     primary = "accuracy"
     one_label_space = True
 
@@ -105,7 +106,7 @@ class JobTask(Task):
         """Return the batch as it is."""
         return batch
 
-    def metric(self) -> Metric:
+    def metric(self, client: str | None = None) -> Metric:
         """Not part of the job."""
         raise NotImplementedError("the benchmark does not evaluate")
 

@@ -70,21 +70,24 @@ def _parts(text: str, convert: Callable[[str], T], option: str) -> list[T]:
 
 
 def _print_means(out: Path) -> None:
-    """Print mean and standard deviation of the accuracy over seeds."""
+    """Print mean and standard deviation, over seeds, of the score that the task goes by."""
     import csv
+    import json
 
     from rich.console import Console
     from rich.table import Table
 
     with (out / "table.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["status"] == "ok"]
-    views = [f"{view}_accuracy" for view in ("personal", "worst", "global", "finetuned")]
+        rows = [row for row in csv.DictReader(file) if row["status"] in ("ok", "reference")]
+    first = next(row["cell"] for row in rows if row["status"] == "ok")
+    primary = json.loads((out / "cells" / first / "metrics.json").read_text(encoding="utf-8"))["primary"]
+    views = [f"{view}_{primary}" for view in ("personal", "worst", "global", "finetuned")]
     groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in rows:
         groups.setdefault((row["strategy"], row["variant"], row["participation"]), []).append(row)
-    table = Table(title="accuracy on the test split, last round, mean over seeds")
+    table = Table(title=f"{primary} on the test split, last round, mean over seeds")
     for column in ("strategy", "participation", *views, "seconds"):
-        table.add_column(column.removesuffix("_accuracy"), justify="left" if column == "strategy" else "right")
+        table.add_column(column.removesuffix(f"_{primary}"), justify="left" if column == "strategy" else "right")
     for (strategy, variant, level), members in groups.items():
         cells = [_mean(members, view) for view in views] + [_mean(members, "seconds", digits=0)]
         table.add_row(" ".join(filter(None, (strategy, variant))), level, *cells)

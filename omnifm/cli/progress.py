@@ -25,7 +25,7 @@ class RunView:
         self._bar = self._progress.add_task(f"{title}: reading data", total=None, facts="")
         self._title = title
         self._facts: dict[str, str] = {}
-        self._per_round = 1
+        self._primary = "score"
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -41,7 +41,7 @@ class RunView:
         """Take one event."""
         kind = record["event"]
         if kind == "start":
-            self._per_round = record["per_round"]
+            self._primary = record["primary"]
             self._progress.update(
                 self._bar, description=f"{self._title}, rounds", total=record["rounds"], completed=record["completed"]
             )
@@ -55,7 +55,7 @@ class RunView:
         self._progress.update(self._bar, facts="  ".join(self._facts.values()))
 
     def _evaluation(self, record: Mapping[str, Any]) -> None:
-        name, score = next(iter(record["personal"].items()), ("score", None))
+        name, score = self._primary, record["personal"].get(self._primary)
         shown = "undefined" if score is None else f"{score:.3f}"
         self._facts["score"] = f"val {name} {shown}"
         if not self._console.is_terminal:

@@ -11,6 +11,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run [default: runs/CONFIG-STRATEGY-SEED].")]
 
 
+_MOST_COLUMNS = 8
+
+
 def run(config: Config, set_: Set = [], out: Out = None, resume: Resume = False) -> None:  # noqa: B006  # typer copies it
     """Train and test one federation; leave scores, checkpoint and report in a folder."""
     from omnifm.cli.progress import RunView
@@ -33,7 +36,10 @@ def print_scores(metrics: dict[str, Any]) -> None:
 
     title = f"{metrics['strategy']}, test split" + (" (simulated data)" if metrics["simulated"] else "")
     last, best = metrics["test"], (metrics["best"] or {}).get("test", {})
-    names = list(dict.fromkeys(name for scores in last.values() for name in scores or ()))
+    found = dict.fromkeys([metrics["primary"], *(name for scores in last.values() for name in scores or ())])
+    # Scores of single classes or question types ("dice/anterior") are in metrics.json; a table of a screen's width has no room.
+    plain = metrics["primary"] if "/" in metrics["primary"] else ""
+    names = [name for name in found if "/" not in name or name == plain][:_MOST_COLUMNS]
     table = Table(title=title)
     for column in ("round, model", *names):
         table.add_column(column.replace("_", " "), justify="left" if column == "round, model" else "right")
@@ -42,6 +48,8 @@ def print_scores(metrics: dict[str, Any]) -> None:
             if scores:
                 table.add_row(f"{label} {view}", *(_number(scores.get(name)) for name in names))
         table.add_section()
+    for name, views in metrics.get("references", {}).items():
+        table.add_row(f"{name} (untrained)", *(_number(views["personal"].get(score)) for score in names))
     console = Console()
     console.print(table)
     traffic, seconds = metrics["bytes"], metrics["seconds"]

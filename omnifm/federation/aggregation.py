@@ -1,5 +1,7 @@
 """The one aggregation: a weighted mean as a running sum, theta = sum_i n_i theta_i / sum_i n_i (FedAvg).
 
+The sums run, tensor by tensor, over the clients that hold the tensor: in a federation of several tasks not all do.
+
 Sums are kept in float64. A product of a float32 weight and an example count is then exact, so one client's mean is that
 client bit for bit, and equal models average to themselves. The server holds one accumulator, whatever the number of clients.
 """
@@ -16,15 +18,15 @@ class RunningMean:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._dtypes: dict[str, torch.dtype] = {}
-        self.weight = 0.0
+        self._weights: dict[str, float] = {}
 
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
         """Add one client's tensors with `weight` (its number of examples, or a share of it)."""
         if weight <= 0:
             return
-        self.weight += weight
         for name, tensor in tensors.items():
             known = self._sums.get(name)
+            self._weights[name] = self._weights.get(name, 0.0) + weight
             self._dtypes[name] = tensor.dtype
             if not tensor.is_floating_point():
                 # A step counter has no mean; an average truncated to int would count backwards.
@@ -35,9 +37,9 @@ class RunningMean:
                 known.add_(tensor, alpha=weight)  # promoted to float64 before the product
 
     def value(self) -> dict[str, Tensor]:
-        """Return the mean in the dtypes of the first reply; empty if nothing was added."""
+        """Return the means in the dtypes of the first reply; no entry for a tensor that nobody sent."""
         return {
-            name: (total / self.weight).to(self._dtypes[name]) if self._dtypes[name].is_floating_point else total
+            name: (total / self._weights[name]).to(self._dtypes[name]) if self._dtypes[name].is_floating_point else total
             for name, total in self._sums.items()
         }
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from omnifm import seeds
 from omnifm.config import EngineConfig, OptimiserConfig
-from omnifm.errors import FederationError
+from omnifm.errors import ConfigError, FederationError
 from omnifm.federation import sharing
 from omnifm.federation.messages import Reply, Request
 from omnifm.federation.state import LocalJob
@@ -82,6 +82,7 @@ class Site:
         if config.engine.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stubs do not
         self.sharing = sharing.split_state(self.model, strategy.private(self.model), strategy.context.buffers)
+        self.holds = {client: names for client in clients if (names := self._held(client)) is not None}
         self._has_batch_norm = any(isinstance(module, sharing.BATCH_NORMS) for module in self.model.modules())
         # Clients that never trained start from these, so the model can be handed from client to client.
         self._initial = sharing.read(self.model, (*self.sharing.private, *self.sharing.dropped))
@@ -89,6 +90,20 @@ class Site:
     def initial_shared(self) -> dict[str, Tensor]:
         """Return the shared tensors of the untrained model."""
         return sharing.read(self.model, self.sharing.shared)
+
+    def _held(self, client: str) -> frozenset[str] | None:
+        """Return the names a client holds; None: all. Raises ConfigError if they are not the model's."""
+        names = self.task.holds(self.model, client)
+        if names is not None and (unknown := names - self.model.state_dict().keys()):
+            raise ConfigError(
+                f"client {client}: task {self.task.name} says it holds tensor {min(unknown)}, which the model has not"
+            )
+        return names
+
+    def _of(self, client: str, names: Iterable[str]) -> tuple[str, ...]:
+        """Return those of `names` that the client holds."""
+        own = self.holds.get(client)
+        return tuple(names if own is None else (name for name in names if name in own))
 
     def has_global(self) -> bool:
         """Whether the method has a global model: all that is private is what the strategy knows a neutral value for."""
@@ -119,13 +134,17 @@ class Site:
             losses = self._fit(job, lr, int(request.settings["epochs"]), request.settings.get("budget"), with_strategy=True)
             upload = self.strategy.finish(job)
         self._save(request, job)
-        tensors = sharing.read(self.model, self.sharing.shared)
+        tensors = sharing.read(self.model, self._of(request.client, self.sharing.shared))
         count = int(request.settings.get("budget") or len(job.data.train))
         return self._reply(request, count, tensors, upload.extra, {**losses, **upload.metrics})
 
     def _evaluate(self, request: Request) -> Reply:
-        """Score one split. `view`: `personal` (own private state), or `global` (the shared model alone)."""
+        """Score one split. `view`: `personal` (own private state), `global` (shared model alone) or an untrained `reference`."""
         settings = request.settings
+        if settings["view"] == "reference":
+            answer = self.task.references(request.client)[settings["reference"]]
+            data = self._data(request.client)
+            return self._reply(request, len(data.train), extra=self._score(request.client, data.split(settings["split"]), answer))
         if settings["view"] == "global":
             sharing.write(self.model, {**self._initial, **request.tensors})
             self.strategy.globalise(self.model)
@@ -137,7 +156,7 @@ class Site:
             self.strategy.begin(job)
             if settings.get("finetune_epochs"):
                 self._fit(job, float(settings["finetune_lr"]), int(settings["finetune_epochs"]), None, with_strategy=False)
-        states = self._score(job.data.split(settings["split"]))
+        states = self._score(request.client, job.data.split(settings["split"]), self._predict)
         _require_finite(states, request, "a prediction is not finite")
         return self._reply(request, len(job.data.train), extra=states)
 
@@ -153,7 +172,7 @@ class Site:
         """Put shared and private tensors into the model; return the strategy's private tensors."""
         saved = self._store.load(request.client, request.round)
         private = {name: tensor for name, tensor in saved.items() if not name.startswith(STATE)}
-        missing = set(self.sharing.shared) - set(request.tensors)
+        missing = set(self._of(request.client, self.sharing.shared)) - set(request.tensors)
         if missing:
             raise FederationError(f"client {request.client}: the request lacks tensor {min(missing)}")
         try:
@@ -163,7 +182,7 @@ class Site:
         return {name.removeprefix(STATE): tensor for name, tensor in saved.items() if name.startswith(STATE)}
 
     def _save(self, request: Request, job: LocalJob) -> None:
-        private = sharing.read(self.model, self.sharing.private)
+        private = sharing.read(self.model, self._of(request.client, self.sharing.private))
         private |= {STATE + name: tensor for name, tensor in job.state.items()}
         if private:
             _require_finite(private, request, "a private tensor is not finite after training (lower optimiser.lr?)")
@@ -227,7 +246,7 @@ class Site:
         batch = batch.to(self._config.device, self._format)
         optimiser.zero_grad(set_to_none=True)
         with self._autocast():
-            output = self.model(batch.image)
+            output = self.model(batch.inputs)
             loss = self.task.loss(output.prediction.float(), batch)
             step = Step(job, batch, output)
             penalty = self.strategy.penalty(step) if with_strategy else None
@@ -243,27 +262,27 @@ class Site:
         return torch.autocast(self._config.device.type, torch.bfloat16, enabled=self._config.engine.precision == "bf16")
 
     @torch.no_grad()
-    def _score(self, split: Split) -> dict[str, Tensor]:
+    def _predict(self, batch: Batch) -> Tensor:
+        """Return the model's predictions for a batch, on the CPU."""
         self.model.eval()
-        metric = self.task.metric()
+        with self._autocast():
+            prediction = self.task.predict(self.model, batch.to(self._config.device, self._format))
+        # Token ids stay whole numbers; what autocast computed is read as float32.
+        return (prediction.float() if prediction.is_floating_point() else prediction).cpu()
+
+    def _score(self, client: str, split: Split, answer: Callable[[Batch], Tensor]) -> dict[str, Tensor]:
+        metric = self.task.metric(client)
         for index in torch.arange(len(split)).split(4 * self._config.optimiser.batch_size):
             batch = split.batch(index)
-            moved = batch.to(self._config.device, self._format)
-            with self._autocast():
-                prediction = self.model(moved.image).prediction
-            metric.update(prediction.float().cpu(), batch.target, batch.row)
+            metric.update(answer(batch), batch.target, batch.row, batch.side)
         return metric.state()
 
-    @torch.no_grad()
     def predict(self, request: Request, index: Tensor) -> tuple[Tensor, Batch]:
         """Return a client's predictions for test examples `index`, for pictures."""
         job = self._job(request, self._install(request))
         self.strategy.begin(job)
-        self.model.eval()
         batch = job.data.test.batch(index)
-        with self._autocast():
-            prediction = self.model(batch.to(self._config.device, self._format).image).prediction
-        return prediction.float().cpu(), batch
+        return self._predict(batch), batch
 
 
 def _require_finite(tensors: Mapping[str, Tensor], request: Request, complaint: str) -> None:

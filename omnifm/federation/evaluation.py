@@ -1,14 +1,15 @@
 """The evaluation contract: global, personal, worst, finetuned; on one split, for every client.
 
 * `personal`: each client's model (shared for it, plus its private state) on its own examples; example-weighted mean.
-* `worst`: per score, the lowest client.
+* `worst`: per score, the lowest client (the highest where a score is better low, as a distance is).
 * `global`: the one shared model on the pooled examples, scored as one set; None where the method has no such model.
 * `finetuned`: as personal, after `finetune_epochs` local epochs of the task loss alone.
+* references: what needs no training (bicubic enlargement, the majority's answer), as `personal` and `worst`.
 
 Scores that are undefined (no examples, a class that never occurs) are None and stay None.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from omnifm.config import FederationConfig, OptimiserConfig
 from omnifm.federation.messages import Request
-from omnifm.federation.rounds import Engine
+from omnifm.federation.rounds import Engine, held
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy
 from omnifm.metrics.base import Scores
@@ -53,10 +54,12 @@ class Evaluator:
         config: FederationConfig,
         optimiser: OptimiserConfig,
         has_global: bool,
+        holds: Mapping[str, frozenset[str]] | None = None,
     ) -> None:
         self._task, self._strategy, self._engine = task, strategy, engine
         self._sizes, self._config, self._has_global = sizes, config, has_global
         self._finetune_lr = optimiser.finetune_lr or optimiser.lr
+        self._holds = holds or {}
 
     def evaluate(self, server: ServerState, completed: int, split: str, *, finetune: bool = False) -> Evaluation:
         """Score `split` with the state after `completed` rounds."""
@@ -70,7 +73,7 @@ class Evaluator:
         table: dict[str, dict[View, Scores | None]] = {c: {view: None for view in states} for c in self._sizes}
         for view, by_client in states.items():
             for client, state in by_client.items():
-                table[client][view] = self._task.metric().merge([state]).compute()
+                table[client][view] = self._task.metric(client).merge([state]).compute()
         return Evaluation(split, self._summary(states, table, split), table)
 
     def _ask(
@@ -84,13 +87,29 @@ class Evaluator:
                 "evaluate",
                 completed,
                 client,
-                server.shared if view == "global" else self._strategy.shared_for(server, client),
+                held(self._tensors(server, client, view), self._holds.get(client)),
                 self._strategy.extra_for(server, client),
                 settings,
             )
             for client in clients
         )
         return {reply.client: reply.extra for reply in self._engine.exchange(requests)}
+
+    def _tensors(self, server: ServerState, client: str, view: View) -> Mapping[str, Tensor]:
+        return server.shared if view == "global" else self._strategy.shared_for(server, client)
+
+    def references(self, completed: int, split: str) -> dict[str, dict[View, Scores]]:
+        """Score the task's untrained references on `split`: by name, `personal` and `worst`."""
+        clients = [client for client, sizes in self._sizes.items() if sizes[split] > 0]
+        known = {client: frozenset(self._task.references(client)) for client in clients}
+        found: dict[str, dict[View, Scores]] = {}
+        for name in sorted(frozenset[str]().union(*known.values())):
+            settings = {"split": split, "view": "reference", "reference": name}
+            requests = (Request("evaluate", completed, c, settings=settings) for c in clients if name in known[c])
+            scores = {r.client: self._task.metric(r.client).merge([r.extra]).compute() for r in self._engine.exchange(requests)}
+            mean = weighted_mean([(s, self._sizes[c][split]) for c, s in scores.items()])
+            found[name] = {"personal": mean, "worst": worst(scores.values(), self._task.lower_is_better)}
+        return found
 
     def _summary(
         self,
@@ -101,7 +120,7 @@ class Evaluator:
         weights = {client: sizes[split] for client, sizes in self._sizes.items()}
         views: dict[View, Scores | None] = {
             "personal": weighted_mean([(table[c]["personal"], weights[c]) for c in table]),
-            "worst": lowest([table[c]["personal"] for c in table]),
+            "worst": worst([table[c]["personal"] for c in table], self._task.lower_is_better),
             "global": None,
             "finetuned": None,
         }
@@ -123,9 +142,9 @@ def weighted_mean(rows: Iterable[tuple[Scores | None, int]]) -> Scores:
     return result
 
 
-def lowest(rows: Iterable[Scores | None]) -> Scores:
-    """Return the least value of each score over the clients where it is defined."""
+def worst(rows: Iterable[Scores | None], lower_is_better: Collection[str] = ()) -> Scores:
+    """Return the worst value of each score over the clients where it is defined: the least, or the largest if low is good."""
     known = [scores for scores in rows if scores is not None]
     names = dict.fromkeys(name for scores in known for name in scores)
     defined = {name: [v for s in known if (v := s.get(name)) is not None] for name in names}
-    return {name: min(values) if values else None for name, values in defined.items()}
+    return {n: (max(v) if n in lower_is_better else min(v)) if v else None for n, v in defined.items()}

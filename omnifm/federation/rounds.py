@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -44,6 +44,7 @@ class Federation:
         config: rounds, epochs, evaluation.
         num_train: training examples by client.
         evaluate: called with (server, rounds completed) when an evaluation is due.
+        holds: names of the tensors that a client has; a client that is not here has all of them.
     """
 
     strategy: Strategy
@@ -52,6 +53,7 @@ class Federation:
     config: FederationConfig
     num_train: Mapping[str, int]
     evaluate: Callable[[ServerState, int], None]
+    holds: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def run_rounds(federation: Federation, server: ServerState, start: int, recorder: Recorder) -> None:
@@ -88,7 +90,7 @@ def _round(federation: Federation, server: ServerState, index: int, recorder: Re
     strategy.begin_round(server)
     started, aggregating = time.perf_counter(), 0.0
     for reply in federation.engine.exchange(_requests(federation, server, index, sampled, down)):
-        check_reply(reply, index, server.shared, down)
+        check_reply(reply, index, held(server.shared, federation.holds.get(reply.client)), down)
         mark = time.perf_counter()
         strategy.receive(server, reply)
         aggregating += time.perf_counter() - mark
@@ -116,10 +118,15 @@ def _requests(
         settings["budget"] = sum(federation.num_train[c] for c in sampled)
         clients = (POOLED,)
     for client in clients:
-        tensors: Mapping[str, Tensor] = strategy.shared_for(server, client)
+        tensors = held(strategy.shared_for(server, client), federation.holds.get(client))
         extra = strategy.extra_for(server, client)
         down[client] = size_by_group(tensors, extra)
         yield Request("train", index, client, tensors, extra, settings)
+
+
+def held(tensors: Mapping[str, Tensor], names: frozenset[str] | None) -> Mapping[str, Tensor]:
+    """Return the tensors that a client has: those called `names`, or all."""
+    return tensors if names is None else {name: tensor for name, tensor in tensors.items() if name in names}
 
 
 def check_reply(reply: Reply, round_index: int, shared: Mapping[str, Tensor], asked: Collection[str]) -> None:

@@ -2,20 +2,23 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Self
 
 from torch import Tensor
 
 Scores = dict[str, float | None]
 """Scores by name; None is a score that is undefined."""
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+"""No facts besides prediction, target and row."""
 
 
 class Metric(ABC):
     """A score whose state merges across clients exactly: merging states, then computing, equals computing on the union."""
 
     @abstractmethod
-    def update(self, prediction: Tensor, target: Tensor, row: Tensor) -> None:
-        """Add a batch of predictions with their targets and the manifest rows they belong to."""
+    def update(self, prediction: Tensor, target: Tensor, row: Tensor, side: Mapping[str, Tensor] = NOTHING) -> None:
+        """Add a batch: predictions, targets, the manifest rows they belong to, and what else the task knows of them."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from omnifm.metrics.base import Metric, Scores
+from omnifm.metrics.base import NOTHING, Metric, Scores
 
 
 class ClassificationMetric(Metric):
@@ -26,7 +26,7 @@ class ClassificationMetric(Metric):
         self._classes = num_classes
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def update(self, prediction: Tensor, target: Tensor, row: Tensor) -> None:
+    def update(self, prediction: Tensor, target: Tensor, row: Tensor, side: Mapping[str, Tensor] = NOTHING) -> None:
         """Add logits `(b, classes)`."""
         self._parts.append((prediction.double().softmax(dim=1), target.cpu(), row))
 

@@ -157,3 +157,4 @@ class Example(_Record):
     prediction: str | None = None
     confidence: float | None = None
     correct: bool | None = None
+    panels: tuple[str, ...] = ()

@@ -225,6 +225,7 @@ def _examples(run: Run) -> Section | None:
 
 def _picture(example: Example, content: bytes) -> Picture:
     lines = [f"{example.client} ({example.modality})"]
+    lines += [f"left to right: {', '.join(example.panels)}"] if len(example.panels) > 1 else []
     lines += [f"truth: {example.truth}"] if example.truth is not None else []
     if example.prediction is not None:
         sure = "" if example.confidence is None else f", {example.confidence:.0%} sure"

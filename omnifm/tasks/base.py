@@ -1,15 +1,35 @@
 """What a task owes the federation: data, network parts, loss, metric, picture. One file per task implements it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from omnifm.metrics.base import Metric
+from omnifm.config import Config
+from omnifm.data.cohort import Cohort
+from omnifm.data.partition import ClientPlan
+from omnifm.errors import ConfigError, FederationError
+from omnifm.metrics.base import NOTHING, Metric
+
+
+class Inputs(NamedTuple):
+    """What a network sees of a batch: never the target.
+
+    Attributes:
+        image: `(b, c, h, w)` float32, read by the backbone and by the spectral path.
+        side: further inputs by name, first dimension b (the tokens of a question).
+        route: which of several networks inside one model these examples are for; empty where there is one.
+    """
+
+    image: Tensor
+    side: Mapping[str, Tensor] = NOTHING
+    route: str = ""
 
 
 class Batch(NamedTuple):
@@ -19,20 +39,30 @@ class Batch(NamedTuple):
         image: `(b, c, h, w)` float32.
         target: what the loss compares with, first dimension b.
         row: `(b,)` int64, the manifest row of each example; slices of one volume share it.
+        side: further inputs, and facts the metric needs (voxel spacing), by name, first dimension b.
+        route: as in `Inputs`; all examples of a batch share it.
     """
 
     image: Tensor
     target: Tensor
     row: Tensor
+    side: Mapping[str, Tensor] = NOTHING
+    route: str = ""
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the network may see."""
+        return Inputs(self.image, self.side, self.route)
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> "Batch":
         """Move to `device`; images take `memory_format`."""
         image = self.image.to(device, non_blocking=True).contiguous(memory_format=memory_format)
-        return Batch(image, self.target.to(device, non_blocking=True), self.row)
+        side = {name: tensor.to(device, non_blocking=True) for name, tensor in self.side.items()} if self.side else self.side
+        return self._replace(image=image, target=self.target.to(device, non_blocking=True), side=side)
 
 
 class Split(Protocol):
-    """An indexable set of examples; nothing is in memory until `batch` asks for it."""
+    """An indexable set of examples; nothing is in memory until `batch` asks for it. Its examples have equal shapes."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -52,7 +82,7 @@ class JoinedSplit:
         return sum(len(part) for part in self.parts)
 
     def batch(self, index: Tensor) -> Batch:
-        """Return the examples at `index`, in its order."""
+        """Return the examples at `index`, in its order. Raises FederationError if they are for different networks or unlike."""
         starts = np.cumsum([0, *(len(part) for part in self.parts)])
         owner = torch.from_numpy(np.searchsorted(starts, index.numpy(), side="right") - 1)
         pieces: list[Batch] = []
@@ -61,8 +91,18 @@ class JoinedSplit:
             place = (owner == number).nonzero().flatten()
             pieces.append(self.parts[number].batch(index[place] - int(starts[number])))
             places.append(place)
-        order = torch.cat(places).argsort()
-        return Batch(*(torch.cat(field)[order] for field in zip(*pieces, strict=True)))
+        return _joined(pieces, torch.cat(places).argsort())
+
+
+def _joined(pieces: Sequence[Batch], order: Tensor) -> Batch:
+    if len({piece.route for piece in pieces}) > 1:
+        raise FederationError("examples of clients with different networks cannot be pooled: leave out strategy 'centralised'")
+    try:
+        image, target, row = (torch.cat(field)[order] for field in zip(*(piece[:3] for piece in pieces), strict=True))
+        side = {name: torch.cat([piece.side[name] for piece in pieces])[order] for name in pieces[0].side}
+    except (RuntimeError, KeyError) as error:
+        raise FederationError(f"examples of different clients cannot be pooled ({str(error).splitlines()[0]})") from None
+    return Batch(image, target, row, side or NOTHING, pieces[0].route)
 
 
 @dataclass(frozen=True)
@@ -86,21 +126,52 @@ class Features(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """A network that turns `(b, c, h, w)` into `Features`. `token_dim` is d."""
+    """A network that turns `Inputs` into `Features`. `token_dim` is d."""
 
     token_dim: int
 
-    def forward(self, image: Tensor) -> Features:
-        """Return the tokens of `image`."""
+    def forward(self, inputs: Inputs) -> Features:
+        """Return the tokens of the images."""
         raise NotImplementedError
+
+
+class Reading(NamedTuple):
+    """What a head reads.
+
+    Attributes:
+        tokens: r' `(b, L, d)`; L is l, or longer where a prefix and a suffix were added.
+        content: `(b, l, d)`, the positions of r in r'; r itself where nothing stands between backbone and head.
+        features: the backbone's answer.
+        inputs: what the network saw.
+    """
+
+    tokens: Tensor
+    content: Tensor
+    features: Features
+    inputs: Inputs
 
 
 class Head(nn.Module):
-    """A task head on a token sequence `(b, L, d)`; L is l, or longer where a prefix and a suffix were added."""
+    """A task head on a token sequence."""
 
-    def forward(self, tokens: Tensor, context: Any) -> Tensor:
+    def forward(self, reading: Reading) -> Tensor:
         """Return the prediction."""
         raise NotImplementedError
+
+    @property
+    def own(self) -> nn.Module:
+        """The part that personalised methods keep at the client: the last layers. By default the whole head."""
+        return self
+
+
+class TokenPath(Protocol):
+    """What may stand between backbone and head."""
+
+    def __call__(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Any]:
+        """Return r' `(b, L, d)` and a trace, from images and r `(b, l, d)`."""
+
+    def content(self, tokens: Tensor, length: int) -> Tensor:
+        """Return the positions of r in r': `(b, L, d)` to `(b, length, d)`."""
 
 
 class Output(NamedTuple):
@@ -116,37 +187,87 @@ class Model(nn.Module):
     def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__()
         self.backbone = backbone
-        # Image and tokens in, tokens and a trace out.
-        self.path: nn.Module | None = None
+        # A module; the annotation says what is asked of it.
+        self.path: TokenPath | None = None
         self.head = head
 
-    def forward(self, image: Tensor) -> Output:
-        """Predict for `(b, c, h, w)`."""
-        features = self.backbone(image)
+    def forward(self, inputs: Inputs) -> Output:
+        """Predict."""
+        features = self.backbone(inputs)
+        tokens = features.tokens
         if self.path is None:
-            return Output(self.head(features.tokens, features.context))
-        tokens, trace = self.path(image, features.tokens)
-        return Output(self.head(tokens, features.context), trace)
+            return Output(self.head(Reading(tokens, tokens, features, inputs)))
+        read, trace = self.path(inputs.image, tokens)
+        return Output(self.head(Reading(read, self.path.content(read, tokens.shape[1]), features, inputs)), trace)
+
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Picture(NamedTuple):
-    """One prediction for people: an image `(h, w)` or `(h, w, 3)` uint8, the truth and the prediction in words."""
+    """One prediction for people.
 
-    image: np.ndarray[Any, np.dtype[np.uint8]]
-    truth: str
-    prediction: str
-    confidence: float
-    correct: bool
+    Attributes:
+        panels: caption and picture, `(h, w)` or `(h, w, 3)` uint8, to be shown side by side.
+        truth: in words, where words say something.
+        prediction: in words.
+        confidence: of the prediction, 0 to 1.
+        correct: whether it is right, where that is a yes or no.
+    """
+
+    panels: tuple[tuple[str, Pixels], ...]
+    truth: str = ""
+    prediction: str = ""
+    confidence: float | None = None
+    correct: bool | None = None
+
+
+class TaskOptions(BaseModel):
+    """The table `[tasks.NAME]` of a config; a task with options derives its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _no_tasks_inside(data: "TaskData") -> "Task":
+    raise ConfigError(f"task {data.config.task}: nothing here knows how to build it")
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What a task is built from.
+
+    Attributes:
+        config: the run.
+        cohorts: by name.
+        plans: which rows each client holds.
+        cache: folder of decoded images.
+        make_task: builds the task that `config.task` names; for a task that is made of tasks.
+    """
+
+    config: Config
+    cohorts: Mapping[str, Cohort]
+    plans: Sequence[ClientPlan]
+    cache: Path
+    make_task: Callable[["TaskData"], "Task"] = _no_tasks_inside
 
 
 class Task(ABC):
     """Everything that depends on the task. The federation sees this class alone."""
 
-    name: str
+    name: ClassVar[str]
+    reads: ClassVar[frozenset[str]]
+    """Kinds of cohort (`task` in cohort.toml) that it can train on."""
+    Options: ClassVar[type[TaskOptions]] = TaskOptions
     primary: str
     """The metric that model choice and tables go by; larger is better."""
+    lower_is_better: frozenset[str] = frozenset()
+    """Names of scores for which the worst client is the one with the largest value."""
     one_label_space: bool
     """Whether all cohorts have the same label space, so that one head can serve them."""
+
+    def __init__(self, data: TaskData, options: TaskOptions) -> None:
+        self.data = data
+        self.options = options
 
     @abstractmethod
     def client_data(self, client: str) -> ClientData:
@@ -169,12 +290,32 @@ class Task(ABC):
         """Return the mean loss of a batch, a scalar."""
 
     @abstractmethod
-    def metric(self) -> Metric:
-        """Return a fresh metric."""
+    def metric(self, client: str | None = None) -> Metric:
+        """Return a fresh metric, for a client or (None) for all of them together."""
 
     @abstractmethod
     def picture(self, prediction: Tensor, batch: Batch, index: int) -> Picture:
         """Show example `index` of a batch with its prediction."""
+
+    def predict(self, model: Model, batch: Batch) -> Tensor:
+        """Return the predictions that are scored: the network's answer, or what a task makes of the network (generated text)."""
+        prediction: Tensor = model(batch.inputs).prediction
+        return prediction
+
+    def references(self, client: str) -> Mapping[str, Callable[[Batch], Tensor]]:
+        """Return the untrained rows of the tables by name (bicubic, majority answer): each gives predictions for a batch."""
+        del client
+        return {}
+
+    def holds(self, model: Model, client: str) -> frozenset[str] | None:
+        """Return the names of `model`'s tensors that a client has and trains; None: all of them."""
+        del model, client
+        return None
+
+    def probes(self) -> Sequence[Inputs]:
+        """Return small inputs that between them pass through every part of the model."""
+        size, channels = self.data.config.data.image_size, self.data.config.data.channels
+        return [Inputs(torch.zeros(2, channels, size, size))]
 
     def row_labels(self) -> Mapping[str, Sequence[str]] | None:
         """Return the label of every manifest row by cohort, in the names of the label union; None where a task has no labels."""

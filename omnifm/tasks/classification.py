@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +12,25 @@ from torch.nn import functional
 
 from omnifm.backbones.build import build_trunk
 from omnifm.backbones.efficientnet import IMAGENET_MEAN, IMAGENET_STD
-from omnifm.config import Config
-from omnifm.data.cache import CachedImages
+from omnifm.data.cache import load_images
 from omnifm.data.cohort import Cohort
-from omnifm.data.partition import ClientPlan
 from omnifm.errors import DataError
 from omnifm.metrics.base import Metric
 from omnifm.metrics.classification import ClassificationMetric
 from omnifm.tasks.augment import flip_shift
-from omnifm.tasks.base import Backbone, Batch, ClientData, Features, Head, Picture, Task
+from omnifm.tasks.base import (
+    Backbone,
+    Batch,
+    ClientData,
+    Features,
+    Head,
+    Inputs,
+    Picture,
+    Reading,
+    Task,
+    TaskData,
+    TaskOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -59,9 +69,9 @@ class TrunkBackbone(Backbone):
         self.register_buffer("mean", torch.tensor(mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(shape), persistent=False)
 
-    def forward(self, image: Tensor) -> Features:
-        """Return tokens `(b, l, d)` of an image in [0, 1]."""
-        return Features(self.trunk((image - self.get_buffer("mean")) / self.get_buffer("std")))
+    def forward(self, inputs: Inputs) -> Features:
+        """Return tokens `(b, l, d)` of images in [0, 1]."""
+        return Features(self.trunk((inputs.image - self.get_buffer("mean")) / self.get_buffer("std")))
 
 
 class PooledLinear(Head):
@@ -71,9 +81,9 @@ class PooledLinear(Head):
         super().__init__()
         self.linear = nn.Linear(token_dim, classes)
 
-    def forward(self, tokens: Tensor, context: Any) -> Tensor:
+    def forward(self, reading: Reading) -> Tensor:
         """Return logits."""
-        logits: Tensor = self.linear(tokens.mean(dim=1))
+        logits: Tensor = self.linear(reading.tokens.mean(dim=1))
         return logits
 
 
@@ -94,17 +104,18 @@ def label_union(cohorts: Mapping[str, Cohort], label_space: str) -> tuple[tuple[
 
 
 class Classification(Task):
-    """Args: the config, the cohorts by name, their decoded images by name, and the clients' plans."""
+    """One class per image."""
 
-    name = "classification"
+    name: ClassVar[str] = "classification"
+    reads: ClassVar[frozenset[str]] = frozenset({"classification"})
     primary = "accuracy"
 
-    def __init__(
-        self, config: Config, cohorts: Mapping[str, Cohort], images: Mapping[str, CachedImages], plans: Sequence[ClientPlan]
-    ) -> None:
+    def __init__(self, data: TaskData, options: TaskOptions) -> None:
+        super().__init__(data, options)
+        config, cohorts = data.config, data.cohorts
         self._config = config
-        self._images = images
-        self._plans = {plan.id: plan for plan in plans}
+        self._images = {n: load_images(c, config.data.image_size, config.data.channels, data.cache) for n, c in cohorts.items()}
+        self._plans = {plan.id: plan for plan in data.plans}
         self.classes, table = label_union(cohorts, config.federation.label_space)
         self.one_label_space = len({tuple(sorted(numbers.values())) for numbers in table.values()}) == 1
         self._labels = {
@@ -157,7 +168,7 @@ class Classification(Task):
         """Cross-entropy."""
         return functional.cross_entropy(prediction, batch.target)
 
-    def metric(self) -> Metric:
+    def metric(self, client: str | None = None) -> Metric:
         """Return accuracy, AUC, F1."""
         return ClassificationMetric(len(self.classes))
 
@@ -167,4 +178,4 @@ class Classification(Task):
         guess, truth = int(probability.argmax()), int(batch.target[index])
         pixels = (batch.image[index].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
         image = pixels[..., 0] if pixels.shape[2] == 1 else pixels
-        return Picture(image, self.classes[truth], self.classes[guess], float(probability[guess]), guess == truth)
+        return Picture((("image", image),), self.classes[truth], self.classes[guess], float(probability[guess]), guess == truth)

@@ -1,9 +1,11 @@
 """A few test predictions per client as pictures, for the report."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from omnifm import seeds
@@ -11,10 +13,23 @@ from omnifm.federation.client import Site
 from omnifm.federation.messages import Request
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy
+from omnifm.tasks.base import Pixels
 from omnifm.track.folder import write_text
 
 _PER_CLIENT = 3
 _MOST_CLIENTS = 12
+
+
+def strip(panels: Sequence[Pixels]) -> Pixels:
+    """Put pictures side by side, two white pixels apart, white below those that are lower; grey becomes colour if need be."""
+    if len(panels) == 1:
+        return panels[0]
+    height, colour = max(len(panel) for panel in panels), [np.atleast_3d(panel) for panel in panels]
+    pieces: list[Pixels] = []
+    for panel in colour:
+        wide = np.broadcast_to(panel, (*panel.shape[:2], 3))
+        pieces.append(np.pad(wide, ((0, height - len(wide)), (0, 2), (0, 0)), constant_values=255))
+    return np.concatenate(pieces, axis=1)[:, :-2]
 
 
 def save_examples(folder: Path, site: Site, strategy: Strategy, server: ServerState, completed: int) -> None:
@@ -34,7 +49,8 @@ def save_examples(folder: Path, site: Site, strategy: Strategy, server: ServerSt
         for place in range(len(index)):
             picture = site.task.picture(prediction, batch, place)
             name = f"{client.id}-{place}.png"
-            Image.fromarray(picture.image).save(folder / name)
-            shown = {"truth": picture.truth, "prediction": picture.prediction, "confidence": picture.confidence}
-            records.append({"client": client.id, "modality": client.modality, "file": name, **shown, "correct": picture.correct})
+            Image.fromarray(strip([pixels for _, pixels in picture.panels])).save(folder / name)
+            said = {"truth": picture.truth or None, "prediction": picture.prediction or None, "confidence": picture.confidence}
+            shown = {"panels": [caption for caption, _ in picture.panels], **said, "correct": picture.correct}
+            records.append({"client": client.id, "modality": client.modality, "file": name, **shown})
     write_text(folder / "examples.json", json.dumps(records, indent=1))

@@ -61,7 +61,14 @@ class RunRecorder:
     def announce(self, completed: int, rounds: int, per_round: int, clients: int) -> None:
         """Tell the watcher what is coming. Not an event of the run: a resumed run announces again."""
         if self._watch:
-            self._watch({"event": "start", "completed": completed, "rounds": rounds, "per_round": per_round, "clients": clients})
+            facts = {
+                "completed": completed,
+                "rounds": rounds,
+                "per_round": per_round,
+                "clients": clients,
+                "primary": self._primary,
+            }
+            self._watch({"event": "start", **facts})
 
     def event(self, record: Mapping[str, Any]) -> None:
         """Append one event and show it to the watcher."""

@@ -11,7 +11,7 @@ from omnifm.config import OptimiserConfig
 from omnifm.errors import FederationError
 from omnifm.federation.client import build_optimiser, learning_rate
 from omnifm.federation.messages import Request
-from omnifm.tasks.base import Batch
+from omnifm.tasks.base import Batch, Reading
 from tests.support import HOSPITALS, Lab, Spy, differing, make_lab, spy
 
 ONE = HOSPITALS[:1]
@@ -53,7 +53,7 @@ def test_the_local_loop_is_a_bare_loop_over_the_same_batches(name: str, tmp_path
             for index in order.split(4):
                 batch = train.batch(index)
                 optimiser.zero_grad()
-                torch.nn.functional.cross_entropy(model(batch.image).prediction, batch.target).backward()
+                torch.nn.functional.cross_entropy(model(batch.inputs).prediction, batch.target).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
                 optimiser.step()
     assert differing(lab.run().shared, dict(model.state_dict())) == []
@@ -115,7 +115,7 @@ def test_the_loss_that_is_reported_is_the_mean_over_the_steps(tmp_path: Path) ->
     lab.run()
     model, train = make_lab(tmp_path).site.model, lab.task.client_data("a").train
     batch = train.batch(torch.arange(10))
-    expected = torch.nn.functional.cross_entropy(model(batch.image).prediction, batch.target)
+    expected = torch.nn.functional.cross_entropy(model(batch.inputs).prediction, batch.target)
     found = [e["loss"] for e in lab.events if "loss" in e]
     assert found == pytest.approx([float(expected.detach())] * 2, rel=1e-5)
 
@@ -137,10 +137,13 @@ def test_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
 def test_dropout_is_drawn_from_the_stream_of_round_and_client(tmp_path: Path) -> None:
     """Code that cannot be handed a generator draws the same whatever was drawn before it, and whoever trained before."""
 
+    def drop(reading: Reading) -> Reading:
+        return reading._replace(tokens=torch.nn.functional.dropout(reading.tokens))
+
     def trained(seed: int, schedule: list[list[str]]) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
         lab = make_lab(tmp_path / str(seed), engine=Spy, schedule=schedule, federation__rounds=1)
-        lab.site.model.head.register_forward_pre_hook(lambda _, args: (torch.nn.functional.dropout(args[0]), *args[1:]))
+        lab.site.model.head.register_forward_pre_hook(lambda _, args: (drop(args[0]),))
         lab.run()
         return dict(spy(lab).trained()[-1].tensors)
 

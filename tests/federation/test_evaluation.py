@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-from omnifm.federation.evaluation import lowest, weighted_mean
+from omnifm.federation.evaluation import weighted_mean, worst
 from omnifm.federation.sharing import write
 from omnifm.metrics.base import Scores
 from omnifm.tasks.base import Split
@@ -26,8 +26,8 @@ def test_the_mean_is_weighted_and_leaves_out_what_is_undefined() -> None:
 
 def test_the_worst_is_per_score() -> None:
     rows: list[Scores | None] = [{"a": 0.5, "b": None}, None, {"a": 0.2, "b": None}, {"a": None, "b": None, "c": 1.0}]
-    assert lowest(rows) == {"a": 0.2, "b": None, "c": 1.0}
-    assert lowest([None]) == {} and lowest([{"a": 0.0}, {"a": 0.1}]) == {"a": 0.0}
+    assert worst(rows) == {"a": 0.2, "b": None, "c": 1.0}
+    assert worst([None]) == {} and worst([{"a": 0.0}, {"a": 0.1}]) == {"a": 0.0}
 
 
 def predict(lab: Lab, tensors: dict[str, torch.Tensor], split: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +36,7 @@ def predict(lab: Lab, tensors: dict[str, torch.Tensor], split: Split) -> tuple[n
     lab.site.model.eval()
     batch = split.batch(torch.arange(len(split)))
     with torch.no_grad():
-        return lab.site.model(batch.image).prediction.argmax(1).numpy(), batch.target.numpy()
+        return lab.site.model(batch.inputs).prediction.argmax(1).numpy(), batch.target.numpy()
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedper"])
@@ -105,11 +105,11 @@ def test_fine_tuning_is_local_training_on_the_task_alone(tmp_path: Path) -> None
     batch, test = data.train.batch(torch.arange(10)), data.test.batch(torch.arange(6))
     parameters = list(model.parameters())
     for _ in range(2):
-        loss = torch.nn.functional.cross_entropy(model(batch.image).prediction, batch.target)
+        loss = torch.nn.functional.cross_entropy(model(batch.inputs).prediction, batch.target)
         for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             p.data -= 0.05 * (g + 1e-4 * p.data)
     with torch.no_grad():
-        expected = model(test.image).prediction.double().softmax(1)
+        expected = model(test.inputs).prediction.double().softmax(1)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 

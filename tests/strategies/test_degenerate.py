@@ -10,6 +10,7 @@ from torch import Tensor
 
 from omnifm import seeds
 from omnifm.federation.messages import Reply
+from omnifm.tasks.base import Inputs
 from tests.support import (
     HOSPITALS,
     NEIGHBOURS,
@@ -112,7 +113,7 @@ def test_centralised_with_full_batches_is_gradient_descent_on_the_union(tmp_path
     images, labels = (torch.cat([getattr(b, f) for b in batches]) for f in ("image", "target"))
     for _ in range(3):
         parameters = list(model.parameters())
-        loss = torch.nn.functional.cross_entropy(model(images).prediction, labels)
+        loss = torch.nn.functional.cross_entropy(model(Inputs(images)).prediction, labels)
         for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             p.data -= 0.1 * (g + 1e-4 * p.data)
     close(lab.run().shared, dict(model.state_dict()))

@@ -88,7 +88,7 @@ def test_the_anchor_is_the_model_of_this_round(tmp_path: Path) -> None:
     for _ in range(2):
         start = [p.detach().clone() for p in parameters]
         for _ in range(3):
-            loss = torch.nn.functional.cross_entropy(model(batch.image).prediction, batch.target)
+            loss = torch.nn.functional.cross_entropy(model(batch.inputs).prediction, batch.target)
             for p, s, g in zip(parameters, start, torch.autograd.grad(loss, parameters), strict=True):
                 p.data -= 0.1 * (g + 0.5 * (p.data - s) + 1e-4 * p.data)
     server = lab.run()

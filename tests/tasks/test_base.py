@@ -1,10 +1,14 @@
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from omnifm.tasks.base import Backbone, Batch, ClientData, Features, Head, JoinedSplit, Model
+from omnifm.errors import FederationError
+from omnifm.tasks.base import Backbone, Batch, ClientData, Features, Head, Inputs, JoinedSplit, Model, Reading
 from tests.support import MemorySplit
 
 
@@ -35,6 +39,40 @@ def test_a_client_has_three_splits_by_name() -> None:
         data.split("validation")
 
 
+@dataclass(frozen=True)
+class RichSplit:
+    """Examples with further inputs, for one network of several."""
+
+    images: Tensor
+    side: Mapping[str, Tensor] = field(default_factory=dict)
+    route: str = ""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, index: Tensor) -> Batch:
+        return Batch(self.images[index], index, index, {n: t[index] for n, t in self.side.items()}, self.route)
+
+
+def test_further_inputs_are_joined_with_their_images() -> None:
+    parts = [RichSplit(torch.full((n, 1, 2, 2), n), {"question": torch.arange(n) + 10 * n}, "vqa") for n in (2, 3)]
+    batch = JoinedSplit(parts).batch(torch.tensor([4, 0, 2]))
+    assert batch.side["question"].tolist() == [32, 20, 30] and batch.image[:, 0, 0, 0].tolist() == [3, 2, 3]
+    assert batch.route == "vqa" and batch.inputs == Inputs(batch.image, batch.side, "vqa")
+
+
+def test_what_cannot_be_one_batch_is_refused() -> None:
+    small, large = RichSplit(torch.zeros(2, 1, 2, 2)), RichSplit(torch.zeros(2, 1, 4, 4))
+    with pytest.raises(FederationError, match="cannot be pooled"):
+        JoinedSplit([small, large]).batch(torch.tensor([0, 2]))
+    other = RichSplit(torch.zeros(2, 1, 2, 2), route="x4")
+    with pytest.raises(FederationError, match="different networks"):
+        JoinedSplit([small, other]).batch(torch.tensor([0, 2]))
+    asked = RichSplit(torch.zeros(2, 1, 2, 2), {"question": torch.zeros(2)})
+    with pytest.raises(FederationError, match="cannot be pooled"):
+        JoinedSplit([asked, small]).batch(torch.tensor([0, 2]))
+
+
 def test_a_batch_takes_the_layout_it_is_asked_for() -> None:
     batch = Batch(torch.rand(2, 3, 4, 4), torch.zeros(2), torch.zeros(2)).to(torch.device("cpu"), torch.channels_last)
     assert batch.image.is_contiguous(memory_format=torch.channels_last) and not batch.image.is_contiguous()
@@ -43,28 +81,34 @@ def test_a_batch_takes_the_layout_it_is_asked_for() -> None:
 class Echo(Backbone):
     token_dim = 2
 
-    def forward(self, image: Tensor) -> Features:
-        return Features(image.flatten(2).transpose(1, 2), context="skip")
+    def forward(self, inputs: Inputs) -> Features:
+        return Features(inputs.image.flatten(2).transpose(1, 2), context="skip")
 
 
 class Sum(Head):
-    def forward(self, tokens: Tensor, context: object) -> Tensor:
-        assert context == "skip"
-        return tokens.sum(dim=(1, 2))
+    def forward(self, reading: Reading) -> Tensor:
+        assert reading.features.context == "skip" and reading.inputs.route == "here"
+        assert torch.equal(reading.content, reading.tokens[:, 1 : 1 + reading.features.tokens.shape[1]]) or (
+            reading.content is reading.features.tokens
+        )
+        return reading.tokens.sum(dim=(1, 2))
 
 
 class Double(nn.Module):
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, str]:
         assert image.ndim == 4
-        return 2 * tokens, "trace"
+        return torch.cat([tokens[:, :1], 2 * tokens], dim=1), "trace"
+
+    def content(self, tokens: Tensor, length: int) -> Tensor:
+        return tokens[:, 1 : 1 + length]
 
 
 def test_a_path_stands_between_backbone_and_head_and_may_be_absent() -> None:
     model, x = Model(Echo(), Sum()), torch.rand(3, 2, 4, 4)
-    plain = model(x)
+    plain = model(Inputs(x, route="here"))
     torch.testing.assert_close(plain.prediction, x.sum(dim=(1, 2, 3)))
     assert plain.trace is None and not model.state_dict()
     model.path = Double()
-    doubled = model(x)
-    torch.testing.assert_close(doubled.prediction, 2 * plain.prediction)
+    doubled = model(Inputs(x, route="here"))
+    torch.testing.assert_close(doubled.prediction, 2 * plain.prediction + x[:, :, 0, 0].sum(1))
     assert doubled.trace == "trace"

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from omnifm import seeds
-from omnifm.config import parse
+from omnifm.config import Config, parse
 from omnifm.data.cache import CachedImages
 from omnifm.data.cohort import Cohort, Row
 from omnifm.data.partition import ClientPlan
 from omnifm.errors import DataError
 from omnifm.metrics.classification import ClassificationMetric
-from omnifm.tasks.base import Batch
+from omnifm.tasks.base import Batch, Features, Inputs, Reading, TaskData, TaskOptions
 from omnifm.tasks.classification import Classification, PooledLinear, TrunkBackbone, label_union
 from tests.data.builders import in_memory
 
@@ -30,6 +30,17 @@ BREAST = cohort("breast", ("benign", "malign"), ["malign"] * 5)  # type: ignore[
 COHORTS = {"lung": LUNG, "breast": BREAST}
 
 
+@pytest.fixture(autouse=True)
+def _pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cohorts of these tests have no files: their images are `PIXELS`."""
+    images = CachedImages(PIXELS, SLICE_ROW)  # type: ignore[arg-type]
+    monkeypatch.setattr("omnifm.tasks.classification.load_images", lambda cohort, size, channels, cache: images)
+
+
+def build_task(config: Config, cohorts: dict[str, Cohort], plans: list[ClientPlan]) -> Classification:
+    return Classification(TaskData(config, cohorts, plans, Path("cache")), TaskOptions())
+
+
 def make_task(label_space: str = "name", channels: int = 1, **model: Any) -> Classification:
     config = parse(
         {
@@ -42,8 +53,7 @@ def make_task(label_space: str = "name", channels: int = 1, **model: Any) -> Cla
         ClientPlan("lung-0", "lung", "CT", train=(1, 3), val=(), test=(0, 2)),
         ClientPlan("breast-0", "breast", "US", train=(4,), val=(0,), test=()),
     ]
-    images = {name: CachedImages(PIXELS, SLICE_ROW) for name in COHORTS}  # type: ignore[arg-type]
-    return Classification(config, COHORTS, images, plans)
+    return build_task(config, COHORTS, plans)
 
 
 def test_a_row_gives_all_its_slices_with_its_label_and_number() -> None:
@@ -91,8 +101,8 @@ def test_one_head_can_serve_all_exactly_if_the_classes_are_the_same() -> None:
     assert not make_task().one_label_space and not make_task("cohort").one_label_space
     config = parse({"federation": {"cohorts": [{"path": "x"}]}})
     twin = cohort("twin", ("cancer", "benign"), ["benign"])  # type: ignore[arg-type]
-    assert Classification(config, {"lung": LUNG, "twin": twin}, {}, []).one_label_space
-    assert Classification(config, {"lung": LUNG}, {}, []).one_label_space
+    assert build_task(config, {"lung": LUNG, "twin": twin}, []).one_label_space
+    assert build_task(config, {"lung": LUNG}, []).one_label_space
 
 
 def test_the_names_of_the_rows_are_those_of_the_union() -> None:
@@ -105,18 +115,19 @@ def test_the_network_is_built_from_the_seed_and_the_config() -> None:
     with seeds.scope(0, "net"):
         backbone = task.backbone()
     assert isinstance(backbone, TrunkBackbone) and backbone.token_dim == 32
-    assert backbone(torch.rand(2, 1, 32, 32)).tokens.shape == (2, 4, 32)
+    assert backbone(Inputs(torch.rand(2, 1, 32, 32))).tokens.shape == (2, 4, 32)
     head = task.head(32)
     tokens = torch.rand(2, 4, 32)
-    assert head(tokens, None).shape == (2, 3) and isinstance(head, PooledLinear)
-    torch.testing.assert_close(head(tokens, None), head.linear(tokens).mean(1))
+    reading = Reading(tokens, tokens, Features(tokens), Inputs(torch.zeros(2)))
+    assert head(reading).shape == (2, 3) and isinstance(head, PooledLinear) and head.own is head
+    torch.testing.assert_close(head(reading), head.linear(tokens).mean(1))
 
 
 def test_the_trunk_sees_standardised_images_and_its_constants_are_not_shared() -> None:
     backbone = TrunkBackbone(torch.nn.Identity(), 4, [0.5, 0.2], [0.25, 0.1])
     x = torch.rand(2, 2, 3, 3)
     expected = torch.stack([(x[:, 0] - 0.5) / 0.25, (x[:, 1] - 0.2) / 0.1], dim=1)
-    torch.testing.assert_close(backbone(x).tokens, expected)
+    torch.testing.assert_close(backbone(Inputs(x)).tokens, expected)
     assert backbone.state_dict() == {}
 
 
@@ -138,8 +149,9 @@ def test_a_picture_shows_image_truth_and_guess(channels: int) -> None:
     logits = torch.zeros(1, 3)
     logits[0, guess] = 2.0
     picture = task.picture(logits, Batch(image, torch.tensor([truth]), torch.tensor([0])), 0)
-    assert picture.image.shape == ((2, 2) if channels == 1 else (2, 2, 3)) and picture.image.dtype == np.uint8
-    assert (picture.image.min(), picture.image.max()) == (0, 255)
+    ((caption, pixels),) = picture.panels
+    assert caption == "image" and pixels.shape == ((2, 2) if channels == 1 else (2, 2, 3)) and pixels.dtype == np.uint8
+    assert (pixels.min(), pixels.max()) == (0, 255)
     assert (picture.truth, picture.prediction, picture.correct) == ("cancer", "benign", False)
     assert picture.confidence == pytest.approx(np.exp(2) / (np.exp(2) + 2))
 

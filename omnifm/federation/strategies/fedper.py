@@ -13,5 +13,5 @@ class FedPer(Strategy):
     """The head is private."""
 
     def private(self, model: Model) -> frozenset[str]:
-        """The head."""
-        return names_under(model, model.head)
+        """The head, or the last layers that the task calls its own."""
+        return names_under(model, model.head.own)

@@ -113,7 +113,7 @@ class OmniFM(Strategy):
             if self.options.private_block:
                 names |= names_under(model, path.psp.block) | names_under(model, path.psp.parts)
         if self._private_head:
-            names |= names_under(model, model.head)
+            names |= names_under(model, model.head.own)
         if self.options.private_norms:
             names |= names_of_type(model, NORMS, "normalisation layers")
         return names
