@@ -36,6 +36,7 @@ from omnifm.report.statistics import (
     summarise,
 )
 
+_MOST_SCORES = 12
 VIEWS = ("personal", "worst", "global", "finetuned", "best_personal", "best_finetuned")
 _VIEW_LABELS = {name: label for name, (label, _) in define.VIEWS.items()} | {
     "best_personal": "own models, best on validation",
@@ -112,12 +113,12 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _failed(comparison: Comparison) -> list[Row]:
-    return [row for row in comparison.rows if row.get("status", "ok") not in ("ok", "")]
+    return [row for row in comparison.rows if row.get("status", "ok") not in ("ok", "", "reference")]
 
 
 def _statuses(comparison: Comparison) -> str:
-    failed = len(_failed(comparison))
-    return f"{len(comparison.rows) - failed} finished" + (f", {failed} failed" if failed else "")
+    failed, trained = len(_failed(comparison)), [row for row in comparison.rows if row.get("status") != "reference"]
+    return f"{len(trained) - failed} finished" + (f", {failed} failed" if failed else "")
 
 
 def _sentence(comparison: Comparison, participation: float, metric: str) -> str:
@@ -135,7 +136,7 @@ def _columns(comparison: Comparison, metric: str) -> list[str]:
 
 def _scores(comparison: Comparison, metric: str) -> Section:
     views = [(f"{view}_{metric}", _VIEW_LABELS[view]) for view in _columns(comparison, metric)]
-    others = [name.removeprefix("personal_") for name in comparison.rows[0] if name.startswith("personal_")]
+    others = [name.removeprefix("personal_") for name in comparison.rows[0] if name.startswith("personal_")][:_MOST_SCORES]
     more = [(f"personal_{name}", define.metric_label(name)) for name in others if name != metric]
     tables: list[Table] = []
     for share in participations(comparison.rows):
@@ -265,6 +266,8 @@ def _heterogeneity(comparison: Comparison) -> Section:
 def _cells(comparison: Comparison, metric: str) -> Section:
     rows: list[tuple[Cell, ...]] = []
     for row, cell in zip(comparison.rows, comparison.cells, strict=True):
+        if row.get("status") == "reference":
+            continue
         labels = tuple(map(Cell, (method_of(row), f"{float(row['participation']):.0%}", row["seed"], row.get("status", ""))))
         values = (number_cell(score(row, f"personal_{metric}")), Cell(row.get("commit", "")[:12]))
         rows.append((_link(comparison, row, cell), *labels, *values))

@@ -1,6 +1,7 @@
 """What each number of a report means, in plain words."""
 
 _METRICS = {
+    "score": ("score over the tasks", "Mean over the tasks of their main scores, each divided by the value that counts as full."),
     "accuracy": ("accuracy", "Share of test images whose most probable class is the true one."),
     "auc": (
         "AUC",
@@ -16,6 +17,20 @@ _METRICS = {
         "F1 averaged over every label of the client's label set, also those that never occur in the test set (they count 0). "
         "It can stay low although almost every image is right.",
     ),
+    "dice": ("Dice", "2|P∩G| / (|P|+|G|) per case and structure; both empty counts 1, one of them empty 0. Mean over the cases."),
+    "hd95": (
+        "HD95",
+        "The larger of the two directed 95th percentiles of surface distances, in mm for volumes, in pixels of the network's "
+        "grid. A missed structure counts the diagonal of the image. Less is better.",
+    ),
+    "missed": ("missed structures", "Structures that are in the truth or in the prediction alone. A count, not a score."),
+    "empty_cases": ("empty structures", "Structures absent from truth and prediction alike. A count, not a score."),
+    "psnr": ("PSNR", "10 log10(255² / MSE) in dB on luminance rounded to 8 bits, a border as wide as the factor left out."),
+    "ssim": ("SSIM", "Structural similarity, Gaussian window of 11 pixels; which images it compares is in the task's page."),
+    "vif": ("VIF", "Visual information fidelity of the fused image against its two sources, mean over the two, on 0 to 255."),
+    "closed_accuracy": ("accuracy, closed questions", "Closed questions whose normalised answer is exactly the true one."),
+    "open_exact": ("exact match, open questions", "Open questions whose normalised answer is exactly the true one."),
+    "open_recall": ("token recall, open questions", "Share of the true answer's words that are in the given one."),
     "f1_present": ("macro-F1 (labels present)", "F1 averaged over the labels that occur in the truth or in the predictions."),
 }
 
@@ -25,7 +40,7 @@ VIEWS = {
         "Each client's own model (the shared part and what it keeps to itself) on that client's own test images; the mean over "
         "clients, weighted by their number of test images.",
     ),
-    "worst": ("worst client", "The lowest of the clients' own-model scores: what the least served hospital gets."),
+    "worst": ("worst client", "The worst of the clients' own-model scores: what the least served hospital gets."),
     "global": (
         "one global model",
         "The single shared model on all clients' test images together. Undefined for a method that has no such model.",
@@ -36,6 +51,8 @@ VIEWS = {
         "training can make up for.",
     ),
 }
+
+UNTRAINED = ("untrained rule", "A rule that needs no training, on the same test images: what any model has to beat.")
 
 ROUNDS = (
     ("last round", "The score after the final round."),
@@ -94,27 +111,30 @@ COMPARISON = (
     ),
 )
 
-_COUNTS = frozenset({"auc_classes_skipped"})
+_COUNTS = frozenset({"auc_classes_skipped", "missed", "empty_cases", "capped"})
 
 # Scores for which less is better; everything else is better when larger.
 _LOWER_IS_BETTER = frozenset({"loss", "hd95", "asd", "rmse", "mae", "lpips", "ece"})
 
 
 def metric_label(name: str) -> str:
-    """Return the name of a metric as people write it."""
-    return _METRICS[name][0] if name in _METRICS else name.replace("_", " ")
+    """Return the name of a metric as people write it; `task/metric` and `metric/class` keep both words."""
+    *group, last = name.split("/")
+    plain = _METRICS[last][0] if last in _METRICS else last.replace("_", " ")
+    return ", ".join([*(metric_label(part) for part in group), plain])
 
 
 def is_score(metric: str) -> bool:
     """Say whether more (or less) of a metric is better at all; a count is no score."""
-    return metric not in _COUNTS
+    return not _COUNTS.intersection(metric.split("/"))
 
 
 def lower_is_better(metric: str) -> bool:
     """Say whether a smaller score is the better one."""
-    return metric in _LOWER_IS_BETTER
+    return bool(_LOWER_IS_BETTER.intersection(metric.split("/")))
 
 
 def metric_terms(names: list[str]) -> tuple[tuple[str, str], ...]:
     """Return the definitions of those of the metrics that have one here."""
-    return tuple(_METRICS[name] for name in names if name in _METRICS)
+    parts = dict.fromkeys(part for name in names for part in name.split("/"))
+    return tuple(_METRICS[part] for part in parts if part in _METRICS)

@@ -65,6 +65,7 @@ class Metrics(_Record):
     clients: tuple[ClientResult, ...]
     test: Views = Views()
     best: Best | None = None
+    references: dict[str, dict[str, Scores | None]] = {}
     best_validation_round: int | None = None
     bytes: Traffic = Traffic()
     seconds: dict[str, float] = {}

@@ -104,6 +104,8 @@ def _scores(run: Run) -> Section:
     names = metric_names(run.metrics.primary, [run.metrics.test, *([best.test] if best else [])])
     last = f"At the last round, {run.metrics.rounds - 1}" if run.metrics.rounds else "Before any training"
     tables = [_score_table(run.metrics.test, names, last)]
+    if run.metrics.references:
+        tables.append(_reference_table(run.metrics.references, names))
     if best is not None:
         tables.append(_score_table(best.test, names, f"At round {best.round}, the best on validation"))
     lead = "On images that no model was trained on. " + (
@@ -115,6 +117,16 @@ def _scores(run: Run) -> Section:
 def _score_table(views: Views, names: Sequence[str], caption: str) -> Table:
     rows = [(Cell(define.VIEWS[view][0], "strong"), *_score_cells(scores, names)) for view, scores in views.named().items()]
     return Table(("whose model", *map(define.metric_label, names)), tuple(rows), caption=caption)
+
+
+def _reference_table(references: dict[str, dict[str, Scores | None]], names: Sequence[str]) -> Table:
+    rows = [
+        (Cell(name.replace("_", " "), "strong"), Cell(define.VIEWS[view][0]), *_score_cells(scores, names))
+        for name, views in references.items()
+        for view, scores in views.items()
+    ]
+    head = ("untrained rule", "whose images", *map(define.metric_label, names))
+    return Table(head, tuple(rows), labels=2, caption="What needs no training, on the same test images")
 
 
 def _score_cells(scores: Scores | None, names: Sequence[str]) -> list[Cell]:
@@ -237,7 +249,13 @@ def _picture(example: Example, content: bytes) -> Picture:
 
 def _definitions(run: Run) -> Section:
     names = metric_names(run.metrics.primary, [run.metrics.test])
-    terms = (*define.VIEWS.values(), *define.ROUNDS, *define.metric_terms(names), *define.TRAINING)
+    terms = (
+        *define.VIEWS.values(),
+        *((define.UNTRAINED,) if run.metrics.references else ()),
+        *define.ROUNDS,
+        *define.metric_terms(names),
+        *define.TRAINING,
+    )
     if run.bank or any(event.bank for event in run.round_events):
         terms += define.BANK
     return Section("definitions", "How each number is defined", (Terms(terms),), folded=True)

@@ -4,6 +4,7 @@ It has two networks behind two routes, further inputs, a score that is better lo
 the contract offers, used by a task that the package does not know.
 """
 
+import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from omnifm import build, run
+from omnifm.compare import Variant, compare, plan_cells
 from omnifm.config import parse
 from omnifm.data.cache import load_images
 from omnifm.errors import ConfigError, DataError
@@ -34,7 +36,7 @@ from omnifm.tasks.base import (
     TaskData,
     TaskOptions,
 )
-from tests.run.jobs import raw_config, write_federation
+from tests.run.jobs import raw_config, write_federation, write_toml
 
 WIDTH = 8
 
@@ -181,6 +183,21 @@ def test_a_task_that_is_written_here_runs_from_config_to_report(strategy: str, d
     assert personal["skill"] > 0.76, "half the light is easy to see: it must have learned"
     report = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "left to right: as shown, turned" in report
+
+
+def test_untrained_rows_stand_in_the_table_of_a_comparison(data: Path, tmp_path: Path) -> None:
+    path = write_toml(tmp_path / "job.toml", config(data, "local"))
+    cells = plan_cells(path, [Variant("local"), Variant("fedavg")], [0, 1], [], [])
+    assert set(compare(cells, tmp_path / "out").values()) == {"ok"}
+    with (tmp_path / "out/table.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    coins = [row for row in rows if row["strategy"] == "coin"]
+    assert [(row["seed"], row["status"], row["personal_skill"], row["worst_brier"]) for row in coins] == [
+        (seed, "reference", "0.75", "0.25") for seed in "01"
+    ]
+    assert len(rows) == 6
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "4 finished" in page and "1 failed" not in page and "Failed: " not in page and "coin" in page
 
 
 def shared_after(raw: dict[str, Any], out: Path) -> dict[str, Tensor]:
