@@ -26,7 +26,7 @@ from measure import ONE_THREAD, ROOT, Finished, Spread, finish, goal, load_avera
 
 JOBS = {
     "cnn282k": Job(model="cnn", clients=100, rounds=5, examples=32, batch=16, side=32),
-    "resnet18": Job(model="resnet18", clients=10, rounds=4, examples=32, batch=16, side=64),
+    "resnet18": Job(model="resnet18", clients=5, rounds=4, examples=32, batch=16, side=64),
 }
 QUICK = {
     "cnn282k": replace(JOBS["cnn282k"], clients=4, rounds=3),

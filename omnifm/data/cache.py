@@ -4,7 +4,9 @@ import hashlib
 import json
 import logging
 import math
+import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +29,27 @@ CACHE_FORMAT = 1
 PERCENTILES = (0.5, 99.5)
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _BATCH = 64
+_RELEASE_BYTES = 4 * 2**20
 Progress = Callable[[int, int], None]
+
+
+class PixelMap(np.memmap[tuple[int, ...], np.dtype[np.float32]]):
+    """A read-only memory map whose resident part stays small, however much of it is read over time.
+
+    After every few MiB the pages are given back (Linux). They are clean and stay in the system's own cache, so that reading them
+    again is a minor fault; without this a process grows by every image it has ever seen, until the system is short of memory.
+    """
+
+    _read = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a plain array: rows copied out of the map, or for a basic index a view into it."""
+        found = np.asarray(super().__getitem__(index))
+        self._read += found.nbytes
+        if self._read >= _RELEASE_BYTES and sys.platform == "linux":
+            self._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # numpy has it, its stubs do not
+            self._read = 0
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +61,7 @@ class CachedImages:
         slice_row: `(n_slices,)` int64, the index into `Cohort.rows` of each slice; ascending, slices of a volume in order.
     """
 
-    pixels: np.memmap[Any, np.dtype[np.float32]]
+    pixels: PixelMap
     slice_row: npt.NDArray[np.int64]
 
 
@@ -234,7 +256,7 @@ def _open(base: Path) -> CachedImages | None:
         # Another time stamp: copied, rebuilt by another process, or tampered with. The content decides.
         if stat.st_mtime_ns != record["mtime_ns"] and _sha256(path) != record["sha256"]:
             raise ValueError("content differs")
-        pixels = np.lib.format.open_memmap(path, mode="r")
+        pixels = np.lib.format.open_memmap(path, mode="r").view(PixelMap)
         slice_row = np.repeat(np.arange(len(record["slices_per_row"])), record["slices_per_row"]).astype(np.int64)
         if len(slice_row) != len(pixels) or 4 * math.prod(pixels.shape) > stat.st_size:
             raise ValueError("shape differs")

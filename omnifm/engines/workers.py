@@ -1,7 +1,8 @@
 """Several sites, one process each; the bits are those of one process.
 
-Messages are safetensors files in memory (a folder of this run alone); pipes carry their names. Every process has the same
-number of threads whatever the number of workers, so no reduction changes its order.
+Messages are safetensors files in memory (a folder of this run alone); pipes carry their names. The shared tensors of requests are
+files of their own: most strategies send the same ones to all clients, so they are written once per round, not once per client.
+Every process has the same number of threads whatever the number of workers, so no reduction changes its order.
 """
 
 import itertools
@@ -10,10 +11,15 @@ import shutil
 import signal
 import tempfile
 import traceback
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
 
 from omnifm.errors import FederationError, OmnifmError
 from omnifm.federation.client import Site
@@ -44,6 +50,8 @@ def _serve(connection: Connection, make_site: Callable[[], Site], spool: Path) -
     # Ctrl-C reaches every process of the terminal; the parent ends us by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     site: Site | None = None
+    held = ""
+    tensors: Mapping[str, Tensor] = {}
     while True:
         try:
             blob = connection.recv_bytes()
@@ -53,12 +61,14 @@ def _serve(connection: Connection, make_site: Callable[[], Site], spool: Path) -
         try:
             if site is None:
                 site = make_site()
-            request = _take(spool / blob.decode())
+            name, source = blob.decode().split("/")
+            if source != held:
+                held, tensors = source, read(spool / source).tensors
+            request = _take(spool / name)
             if not isinstance(request, Request):
                 raise FederationError("a worker was sent a reply")
-            name = f"reply-{blob.decode()}"
-            write(site.handle(request), spool / name)
-            answer = _OK + name.encode()
+            write(site.handle(replace(request, tensors=tensors)), spool / f"reply-{name}")
+            answer = _OK + f"reply-{name}".encode()
         except OmnifmError as error:
             answer = _USER_ERROR + str(error).encode()
         except Exception:  # the parent says so in one line and keeps the traceback as the cause
@@ -69,13 +79,66 @@ def _serve(connection: Connection, make_site: Callable[[], Site], spool: Path) -
             return
 
 
+class _SharedFile:
+    """Shared tensors in a file of the spool; it stays while a request on its way needs it."""
+
+    def __init__(self, path: Path, request: Request) -> None:
+        write(replace(request, extra={}, settings={}), path)
+        self.path = path
+        self.waiting = 0
+        # Weak, to keep no model alive; with torch's count of changes in place, since the same object may hold other numbers.
+        self._written = {name: (weakref.ref(tensor), tensor._version) for name, tensor in request.tensors.items()}
+
+    def holds(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these very tensors, unchanged, are in the file."""
+        if tensors.keys() != self._written.keys():
+            return False
+        return all((written := self._written[n])[0]() is t and written[1] == t._version for n, t in tensors.items())
+
+
+class _Sent(NamedTuple):
+    """A request that a worker has: its place in the order of replies, its client, and the shared tensors it needs."""
+
+    number: int
+    client: str
+    file: _SharedFile
+
+
+class _Outbox:
+    """Writes requests into the spool. The newest shared tensors stay there for the next request, others until all answered."""
+
+    def __init__(self, spool: Path) -> None:
+        self._spool = spool
+        self._numbers = itertools.count()
+        self._files: list[_SharedFile] = []
+
+    def put(self, request: Request) -> tuple[str, _SharedFile]:
+        """Write a request; return what to tell a worker, and the file to release when the reply is there."""
+        number = next(self._numbers)
+        file = next((file for file in self._files if file.holds(request.tensors)), None)
+        if file is None:
+            file = _SharedFile(self._spool / f"shared-{number}.safetensors", request)
+            self._files.append(file)
+        file.waiting += 1
+        name = f"{number}.safetensors"
+        write(replace(request, tensors={}), self._spool / name)
+        return f"{name}/{file.path.name}", file
+
+    def release(self, file: _SharedFile) -> None:
+        """A request that needed the file is answered."""
+        file.waiting -= 1
+        for old in [old for old in self._files[:-1] if not old.waiting]:
+            old.path.unlink()
+            self._files.remove(old)
+
+
 class WorkerEngine:
     """Keeps `workers` processes busy; each builds its site once, with a function that travels to a child of this process."""
 
     def __init__(self, make_site: Callable[[], Site], workers: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._spool = _spool()
-        self._numbers = itertools.count()
+        self._outbox = _Outbox(self._spool)
         self._connections: list[Connection] = []
         self._processes = []
         for _ in range(workers):
@@ -93,7 +156,7 @@ class WorkerEngine:
             FederationError: a client could not answer, or its worker died; names the client.
         """
         source = enumerate(requests)
-        busy: dict[Connection, deque[tuple[int, str]]] = {connection: deque() for connection in self._connections}
+        busy: dict[Connection, deque[_Sent]] = {connection: deque() for connection in self._connections}
         ready: dict[int, Reply] = {}
         due, exhausted = 0, False
         while not exhausted or any(busy.values()) or ready:
@@ -105,22 +168,22 @@ class WorkerEngine:
             # Waiting for nobody would be for ever.
             for answered in wait(asked) if (asked := [c for c, waiting in busy.items() if waiting]) else ():
                 assert isinstance(answered, Connection)
-                number, client = busy[answered].popleft()
-                ready[number] = _receive(answered, client, self._spool)
+                sent = busy[answered].popleft()
+                ready[sent.number] = _receive(answered, sent.client, self._spool)
+                self._outbox.release(sent.file)
             while due in ready:
                 yield ready.pop(due)
                 due += 1
 
-    def _send_next(self, source: Iterator[tuple[int, Request]], connection: Connection, waiting: deque[tuple[int, str]]) -> bool:
+    def _send_next(self, source: Iterator[tuple[int, Request]], connection: Connection, waiting: deque[_Sent]) -> bool:
         item = next(source, None)
         if item is None:
             return False
         number, request = item
-        waiting.append((number, request.client))
-        name = f"{next(self._numbers)}.safetensors"
-        write(request, self._spool / name)
+        message, file = self._outbox.put(request)
+        waiting.append(_Sent(number, request.client, file))
         try:
-            connection.send_bytes(name.encode())
+            connection.send_bytes(message.encode())
         except (BrokenPipeError, ConnectionResetError):
             raise FederationError(f"client {request.client}: its worker process has died") from None
         return True

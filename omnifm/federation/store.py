@@ -8,6 +8,7 @@ whatever was written in the meantime.
 import os
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -25,14 +26,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         CheckpointError: the disk is full or refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=dict(metadata or {}))
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     except (SafetensorError, OSError) as error:
+        with suppress(OSError):
+            partial.unlink()  # on a full disk it is the last thing anybody wants
         raise CheckpointError(f"{path}: cannot be written ({error})") from None
 
 

@@ -3,25 +3,30 @@
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from omnifm.errors import CheckpointError
 from omnifm.federation.state import ServerState
 from omnifm.track.checkpoint import Checkpoint
+from omnifm.track.folder import remove_partials
 
 Watcher = Callable[[Mapping[str, Any]], None]
 
 
 class RunRecorder:
-    """Implements `federation.rounds.Recorder` for a run folder.
+    """Implements `federation.rounds.Recorder` for a run folder. Its start is the run's: half-written files of earlier starts go.
 
     Args:
         folder: the run folder.
         checkpoint: where states go.
         primary: the score that `best` goes by.
         watch: called with each event (the progress view).
+
+    Raises:
+        CheckpointError: the disk is full or refuses; so do all methods that write events.
     """
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, primary: str, watch: Watcher | None = None) -> None:
@@ -33,7 +38,16 @@ class RunRecorder:
         self.seconds_before = 0.0
         self.best: tuple[int, float] | None = None
         self._new_best = False
-        self._file = self._path.open("a", encoding="utf-8")
+        remove_partials(folder)
+        with self._writing():
+            self._file = self._path.open("a", encoding="utf-8")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"{self._path}: cannot be written ({error.strerror})") from None
 
     def rewind(self, record: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's facts: cut off events of rounds that did not complete.
@@ -45,8 +59,9 @@ class RunRecorder:
         size = self._path.stat().st_size if self._path.is_file() else 0
         if size < record["events_bytes"]:
             raise CheckpointError(f"{self._path}: {size} bytes, {record['events_bytes']} when the checkpoint was written")
-        os.truncate(self._path, record["events_bytes"])
-        self._file = self._path.open("a", encoding="utf-8")
+        with self._writing():
+            os.truncate(self._path, record["events_bytes"])
+            self._file = self._path.open("a", encoding="utf-8")
         self.seconds_before = record["seconds"]
         self.best = tuple(record["best"]) if record["best"] else None
         if self.best and self.best[0] == record["rounds_completed"]:
@@ -72,7 +87,8 @@ class RunRecorder:
 
     def event(self, record: Mapping[str, Any]) -> None:
         """Append one event and show it to the watcher."""
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        with self._writing():
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
         if record["event"] == "evaluation" and record["split"] == "val":
             score = record["personal"].get(self._primary)
             if score is not None and (self.best is None or score > self.best[1]):
@@ -83,8 +99,9 @@ class RunRecorder:
 
     def commit(self, server: ServerState, rounds_completed: int) -> None:
         """Flush the events, then save the state; pin it if it is the best on validation."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._writing():
+            self._file.flush()
+            os.fsync(self._file.fileno())
         server.meta["keep"] = [self.best[0]] if self.best else []
         facts = {"events_bytes": self._file.tell(), "seconds": self.seconds, "best": self.best}
         self._checkpoint.save(server, rounds_completed, facts)
@@ -94,7 +111,8 @@ class RunRecorder:
 
     def close(self) -> None:
         """Close the file of events."""
-        self._file.close()
+        with suppress(OSError):  # events after the last commit count for nothing
+            self._file.close()
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import multiprocessing
 import os
+import sys
 from pathlib import Path
 
 import nibabel
@@ -223,3 +224,38 @@ def test_the_default_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / ".cache" / "omnifm"
+
+
+def resident(path: Path) -> int:
+    """Return the bytes of a mapped file that this process holds in memory, as the kernel counts them."""
+    lines = iter(Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines())
+    for line in lines:
+        if line.endswith(f" {path}"):
+            return 1024 * next(int(entry.split()[1]) for entry in lines if entry.startswith("Rss:"))
+    raise AssertionError(f"{path} is not mapped")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps, and only Linux is told to give pages back")
+@pytest.mark.parametrize("kind", ["rows", "views"])
+def test_images_that_were_read_do_not_stay_in_memory(tmp_path: Path, kind: str) -> None:
+    rows, size = 320, 128
+    cohort = Cohort.read(classification(tmp_path / "c", rows))
+    pixels = load_images(cohort, size, 1, tmp_path / "k").pixels
+    path = pixel_file(tmp_path / "k")
+    truth = np.load(path)
+    assert truth.nbytes == 20 * 2**20
+    highest = 0
+    for index in np.random.default_rng(0).permutation(2 * rows).reshape(-1, 16) % rows:
+        batch = pixels[index] if kind == "rows" else np.stack([pixels[i] for i in index])
+        np.testing.assert_array_equal(batch, truth[index])
+        highest = max(highest, resident(path))
+    # A fault maps the pages around it too, up to 64 kB: that can double what was asked for.
+    assert 2**20 < highest <= 10 * 2**20
+
+
+def test_what_is_taken_out_of_the_map_is_a_plain_array(tmp_path: Path) -> None:
+    pixels = load_images(Cohort.read(classification(tmp_path / "c", 6)), 8, 1, tmp_path / "k").pixels
+    assert len(pixels) == 6
+    batch = pixels[np.array([3, 1])]
+    assert type(batch) is np.ndarray and batch.flags.writeable
+    assert type(pixels[2]) is np.ndarray and not pixels[2].flags.writeable

@@ -88,6 +88,58 @@ def test_a_thousand_requests_are_never_all_in_memory(engine: WorkerEngine) -> No
     assert max(ahead) <= 2 * 2
 
 
+def shared_files(engine: WorkerEngine) -> set[str]:
+    return {path.name for path in engine._spool.glob("shared-*")}
+
+
+def values(engine: WorkerEngine, models: list[dict[str, torch.Tensor]], seen: set[str] | None = None) -> list[float]:
+    """Send each of `models` to a client; return what came back, halved (a scripted site doubles)."""
+    found = []
+    for reply in engine.exchange(Request("train", 0, f"c{number}", model) for number, model in enumerate(models)):
+        found.append(float(reply.tensors["w"]) / 2)
+        if seen is not None:
+            seen |= shared_files(engine)
+    return found
+
+
+def test_tensors_that_all_clients_get_are_written_once(engine: WorkerEngine) -> None:
+    shared, seen = torch.tensor(5.0), set[str]()
+    # Some strategies make a mapping per client; the tensors in it are the same.
+    assert values(engine, [{"w": shared} for _ in range(8)], seen) == [5.0] * 8
+    assert len(seen - shared_files(engine)) <= 1  # that of an earlier exchange
+    assert len(shared_files(engine)) == 1
+    assert values(engine, [{"w": shared}], seen) == [5.0]
+    assert len(shared_files(engine) - seen) == 0
+
+
+def test_tensors_of_two_groups_of_clients_arrive_where_they_belong(engine: WorkerEngine) -> None:
+    one, two = {"w": torch.tensor(1.0)}, {"w": torch.tensor(2.0)}
+    assert values(engine, [one, two] * 5) == [1.0, 2.0] * 5
+
+
+def test_tensors_that_were_changed_in_place_are_written_again(engine: WorkerEngine) -> None:
+    model = {"w": torch.tensor(1.0)}
+    assert values(engine, [model]) == [1.0]
+    model["w"].add_(2)
+    assert values(engine, [model, {"w": model["w"], "v": torch.zeros(1)}, model]) == [3.0] * 3
+
+
+def test_tensors_are_known_by_what_they_are_not_by_their_place_in_memory(engine: WorkerEngine) -> None:
+    # Each is freed before the next is made, which often gets its address.
+    assert [values(engine, [{"w": torch.tensor(float(n))}])[0] for n in range(10)] == [float(n) for n in range(10)]
+
+
+def test_tensors_of_each_client_do_not_pile_up(engine: WorkerEngine) -> None:
+    most = 0
+    models = [{"w": torch.tensor(float(n))} for n in range(30)]
+    for number, reply in enumerate(engine.exchange(Request("train", 0, f"c{n}", m) for n, m in enumerate(models))):
+        assert float(reply.tensors["w"]) == 2 * number
+        most = max(most, len(list(engine._spool.iterdir())))
+    # Four requests on their way, each with its tensors, a reply that is being written for each worker, and the newest.
+    assert most <= 11
+    assert len(list(engine._spool.iterdir())) == 1
+
+
 def test_the_in_process_engine_draws_a_request_when_its_turn_comes() -> None:
     drawn: list[str] = []
 

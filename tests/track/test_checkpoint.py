@@ -1,9 +1,12 @@
 """A checkpoint is whole or refused, in one line that names the file; nothing is overwritten on the way."""
 
 import json
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from omnifm.federation.state import ServerState
 from omnifm.federation.store import write_tensors
 from omnifm.run import execute
 from omnifm.track.checkpoint import Checkpoint
-from tests.run.jobs import config
+from omnifm.track.recorder import RunRecorder
+from tests.run.jobs import config, left_behind
 
 FACTS = {"events_bytes": 0, "seconds": 0.0, "best": None}
 
@@ -55,6 +59,17 @@ def test_a_commit_names_the_newest_state_of_each_client_and_none_of_a_later_roun
             write_tensors(checkpoint.clients / client / f"{version:06d}.safetensors", {"x": torch.tensor(version)})
     checkpoint.save(ServerState({"x": torch.zeros(1)}), 3, FACTS)
     assert list(checkpoint.load()[1]["clients"]) == ["a/000003.safetensors", "b/000002.safetensors"]
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Let the kernel refuse to write beyond `size` bytes of any file, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 Finished = Callable[[str], Path]
@@ -124,12 +139,69 @@ def test_a_record_that_lacks_a_key_is_named(tmp_path: Path) -> None:
 
 def test_a_disk_that_refuses_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "clients").write_text("in the way")
-    with pytest.raises((CheckpointError, OSError)):
+    with pytest.raises(CheckpointError, match=r"000001\.safetensors: cannot be written"):
         write_tensors(tmp_path / "clients" / "a" / "000001.safetensors", {"x": torch.zeros(1)})
+    (tmp_path / "000002.safetensors" / "x").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"000002\.safetensors: cannot be written"):
+        write_tensors(tmp_path / "000002.safetensors", {"x": torch.zeros(1)})
     (tmp_path / "folder" / "last.json").mkdir(parents=True)
     (tmp_path / "folder" / "last.json" / "x").touch()
     with pytest.raises(CheckpointError, match=r"last\.json: cannot be written"):
         Checkpoint(tmp_path / "folder").save(ServerState({"x": torch.zeros(1)}), 1, FACTS)
+    assert not list(tmp_path.rglob(".*.part"))
+
+
+def test_tensors_that_do_not_fit_leave_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "000001.safetensors"
+    write_tensors(path, {"x": torch.zeros(1)})
+    before = path.read_bytes()
+    with file_size_limit(4096), pytest.raises(CheckpointError, match=r"000001\.safetensors: cannot be written") as caught:
+        write_tensors(path, {"x": torch.zeros(4096)})
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+
+
+def test_what_killed_writes_left_goes_at_the_next_start(data: Path, tmp_path: Path, finished: Finished) -> None:
+    run = interrupted(Path(shutil.copytree(finished("local"), tmp_path / "run")))
+    client = next((run / "checkpoint" / "clients").iterdir())
+    places = [run, run / "checkpoint", client, run / "bank"]
+    (run / "bank").mkdir(exist_ok=True)
+    for place in places:
+        (place / ".000003.safetensors.4711.part").write_bytes(b"cut sho")
+    (run / "mine.part").touch()
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        execute(config(data, "local"), run)
+    assert len(list(run.rglob(".*.part"))) == len(places)
+    execute(config(data, "local"), run, resume=True)
+    assert [path.name for path in run.rglob("*.part")] == ["mine.part"]
+
+
+def test_a_disk_that_is_full_of_events_is_one_line_and_nothing_is_lost(data: Path, tmp_path: Path, finished: Finished) -> None:
+    def fill(record: Mapping[str, Any]) -> None:
+        if record["event"] == "round" and record["round"] == 1:
+            limits.enter_context(file_size_limit((tmp_path / "run" / "events.jsonl").stat().st_size))
+
+    with ExitStack() as limits, pytest.raises(CheckpointError, match=r"events\.jsonl: cannot be written \(File too") as caught:
+        execute(config(data, "fedavg"), tmp_path / "run", watch=fill)
+    assert "\n" not in str(caught.value)
+    execute(config(data, "fedavg"), tmp_path / "run", resume=True)
+    assert left_behind(tmp_path / "run") == left_behind(finished("fedavg"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full is Linux's")
+def test_events_that_do_not_fit_are_one_line_whoever_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    message = r"^[^\n]*events\.jsonl: cannot be written \(No space left on device\)$"
+    recorder = RunRecorder(tmp_path, Checkpoint(tmp_path / "checkpoint"), "accuracy")
+    recorder.event({"event": "round"})
+    with pytest.raises(CheckpointError, match=message):
+        recorder.commit(ServerState({"x": torch.zeros(1)}), 1)
+    with pytest.raises(CheckpointError, match=message):
+        recorder.event({"event": "x" * 2**20})
+    recorder.close()
+    with pytest.raises(CheckpointError, match=r"^[^\n]*events\.jsonl: cannot be written \([^\n]*\)$"):
+        recorder.rewind({"events_bytes": 0})
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_a_crash_between_saving_the_best_round_and_pinning_it_is_mended(data: Path, tmp_path: Path, finished: Finished) -> None:
