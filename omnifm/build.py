@@ -35,6 +35,7 @@ STRATEGIES = {
 }
 TASKS = {
     "classification": "omnifm.tasks.classification:Classification",
+    "segmentation": "omnifm.tasks.segmentation:Segmentation",
     "mixed": "omnifm.tasks.mixed:Mixed",
 }
 

@@ -204,6 +204,8 @@ def _finish(parts: _Parts) -> dict[str, Any]:
         if "best" in tested
         else None,
         "best_validation_round": best_round,
+        "headline": list(parts.task.headline),
+        "notes": list(parts.task.notes),
         "references": parts.evaluator.references(config.federation.rounds, "test"),
         **totals(parts.out / "events.jsonl", time.perf_counter() - started, parts.recorder.seconds),
         "peak_rss_mib": peak_rss_mib(config.engine.workers),

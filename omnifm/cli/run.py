@@ -38,8 +38,7 @@ def print_scores(metrics: dict[str, Any]) -> None:
     last, best = metrics["test"], (metrics["best"] or {}).get("test", {})
     found = dict.fromkeys([metrics["primary"], *(name for scores in last.values() for name in scores or ())])
     # Scores of single classes or question types ("dice/anterior") are in metrics.json; a table of a screen's width has no room.
-    plain = metrics["primary"] if "/" in metrics["primary"] else ""
-    names = [name for name in found if "/" not in name or name == plain][:_MOST_COLUMNS]
+    names = metrics.get("headline") or [name for name in found if "/" not in name][:_MOST_COLUMNS]
     table = Table(title=title)
     for column in ("round, model", *names):
         table.add_column(column.replace("_", " "), justify="left" if column == "round, model" else "right")

@@ -66,6 +66,7 @@ class Metrics(_Record):
     test: Views = Views()
     best: Best | None = None
     references: dict[str, dict[str, Scores | None]] = {}
+    notes: tuple[str, ...] = ()
     best_validation_round: int | None = None
     bytes: Traffic = Traffic()
     seconds: dict[str, float] = {}

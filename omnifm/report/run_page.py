@@ -111,7 +111,8 @@ def _scores(run: Run) -> Section:
     lead = "On images that no model was trained on. " + (
         "Rounds are counted from 0." if best else "No round was chosen by validation; rounds are counted from 0."
     )
-    return Section("scores-table", "Test scores", tuple(tables), lead)
+    notes = [Note(note) for note in run.metrics.notes]
+    return Section("scores-table", "Test scores", (*notes, *tables), lead)
 
 
 def _score_table(views: Views, names: Sequence[str], caption: str) -> Table:

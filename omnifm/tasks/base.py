@@ -260,10 +260,14 @@ class Task(ABC):
     Options: ClassVar[type[TaskOptions]] = TaskOptions
     primary: str
     """The metric that model choice and tables go by; larger is better."""
+    headline: tuple[str, ...] = ()
+    """Scores that a narrow table shows; empty: all whose names have no "/"."""
     lower_is_better: frozenset[str] = frozenset()
     """Names of scores for which the worst client is the one with the largest value."""
     one_label_space: bool
     """Whether all cohorts have the same label space, so that one head can serve them."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the results has to know of how they were made; shown in the report."""
 
     def __init__(self, data: TaskData, options: TaskOptions) -> None:
         self.data = data
