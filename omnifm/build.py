@@ -36,6 +36,7 @@ STRATEGIES = {
 TASKS = {
     "classification": "omnifm.tasks.classification:Classification",
     "segmentation": "omnifm.tasks.segmentation:Segmentation",
+    "fusion": "omnifm.tasks.fusion:Fusion",
     "mixed": "omnifm.tasks.mixed:Mixed",
 }
 
