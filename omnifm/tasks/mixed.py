@@ -200,6 +200,8 @@ class Mixed(Task):
         if strange := sorted(set(options.set) - set(kinds)):
             raise ConfigError(f"tasks.mixed.set.{strange[0]}: the federation has no cohort of this task")
         self.tasks = {kind: self._make(kind) for kind in kinds}
+        self.headline = ("score", *(f"{kind}/{task.primary}" for kind, task in self.tasks.items()))
+        self.notes = tuple(f"{kind}: {note}" for kind, task in self.tasks.items() for note in task.notes)
         self.lower_is_better = frozenset(f"{kind}/{n}" for kind, task in self.tasks.items() for n in task.lower_is_better)
 
     def _make(self, kind: str) -> Task:
