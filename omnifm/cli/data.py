@@ -18,7 +18,7 @@ NewFolder = Annotated[Path, typer.Argument(metavar="DIR", help="the new cohort's
 
 
 @contextmanager
-def _progress(text: str) -> Iterator[Callable[[int, int], None]]:
+def shown_progress(text: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar on stderr while the block runs; the callback takes items done and items in all."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,7 +37,7 @@ def check(folder: Folder) -> None:
     from omnifm.data.manifest import SPLITS
     from omnifm.data.validate import validate
 
-    with _progress("checking") as progress:
+    with shown_progress("checking") as progress:
         problems = validate(folder, progress)
     for problem in problems:
         typer.echo(str(problem))
@@ -63,7 +63,7 @@ def describe(
     from omnifm.data.describe import contact_sheet, tables
 
     cohort = Cohort.read(folder)
-    with _progress("reading images") as progress:
+    with shown_progress("reading images") as progress:
         found = tables(cohort, progress)
         sheet = contact_sheet(cohort, out or Path(f"{cohort.name}-contact.png"))
     typer.echo(f"{cohort.name}: {cohort.spec.title}")
@@ -83,7 +83,7 @@ def import_medmnist(
     """Import a 2-D MedMNIST file with its official splits."""
     from omnifm.data.importers import medmnist
 
-    with _progress("writing images") as progress:
+    with shown_progress("writing images") as progress:
         medmnist.import_medmnist(file, folder, modality, progress)
     typer.echo(f"cohort written: {folder}")
 
@@ -108,7 +108,7 @@ def import_folder(
     from omnifm.data.importers import folder as importer
 
     provenance = Provenance(title or folder.resolve().name, licence, redistribution, origin, citation, notes)
-    with _progress("copying images") as progress:
+    with shown_progress("copying images") as progress:
         importer.import_folder(
             source,
             folder,
@@ -132,7 +132,7 @@ def make_atlas(
     """Simulate brain cohorts of several hospitals from the ICBM 152 atlas."""
     from omnifm.data import atlas
 
-    with _progress("simulating") as progress:
+    with shown_progress("simulating") as progress:
         written = atlas.make_atlas(folder, patients, seed, size, progress)
     for path in written:
         typer.echo(f"cohort written: {path}")
