@@ -37,6 +37,7 @@ TASKS = {
     "classification": "omnifm.tasks.classification:Classification",
     "segmentation": "omnifm.tasks.segmentation:Segmentation",
     "fusion": "omnifm.tasks.fusion:Fusion",
+    "super_resolution": "omnifm.tasks.super_resolution:SuperResolution",
     "mixed": "omnifm.tasks.mixed:Mixed",
 }
 
