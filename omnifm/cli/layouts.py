@@ -64,7 +64,7 @@ def import_breakhis(
     source: Source,
     folder: NewFolder,
     task: Annotated[str, typer.Option(help="classification or super_resolution")] = "classification",
-    classes: Annotated[Literal["subtypes", "tumour"], typer.Option(help="eight subtypes, or benign and malignant")] = "subtypes",
+    classes: Annotated[Literal["subtypes", "tumours"], typer.Option(help="eight subtypes, or benign and malignant")] = "subtypes",
     magnifications: Annotated[str, typer.Option(help="which of 40X,100X,200X,400X, with commas between")] = "40X,100X,200X,400X",
 ) -> None:
     """Import BreaKHis, split by patient; column magnification is a client axis (partition by_column)."""
