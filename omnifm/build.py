@@ -36,6 +36,7 @@ STRATEGIES = {
 TASKS = {
     "classification": "omnifm.tasks.classification:Classification",
     "segmentation": "omnifm.tasks.segmentation:Segmentation",
+    "vqa": "omnifm.tasks.vqa:Vqa",
     "fusion": "omnifm.tasks.fusion:Fusion",
     "super_resolution": "omnifm.tasks.super_resolution:SuperResolution",
     "mixed": "omnifm.tasks.mixed:Mixed",

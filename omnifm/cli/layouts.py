@@ -74,3 +74,38 @@ def import_breakhis(
     with shown_progress("copying images") as progress:
         breakhis.import_breakhis(source, folder, task=task, classes=classes, magnifications=wanted, progress=progress)
     _written(folder)
+
+
+@import_app.command("slake")
+def import_slake(
+    source: Source,
+    folder: NewFolder,
+    language: Annotated[Literal["en", "zh"], typer.Option(help="questions in the other language are left out")] = "en",
+) -> None:
+    """Import SLAKE with its official split."""
+    from omnifm.data.importers import vqa
+
+    with shown_progress("copying images") as progress:
+        _written(vqa.import_slake(source, folder, language=language, progress=progress))
+
+
+@import_app.command("vqa_rad")
+def import_vqa_rad(
+    source: Source,
+    folder: NewFolder,
+    paraphrases: Annotated[bool, typer.Option("--paraphrases", help="train on rephrased questions too")] = False,
+) -> None:
+    """Import VQA-RAD with its official split; column image_disjoint marks test rows on unseen images."""
+    from omnifm.data.importers import vqa
+
+    with shown_progress("copying images") as progress:
+        _written(vqa.import_vqa_rad(source, folder, paraphrases=paraphrases, progress=progress))
+
+
+@import_app.command("vqa_med")
+def import_vqa_med(source: Source, folder: NewFolder) -> None:
+    """Import the questions of one year of VQA-Med (2019 to 2021)."""
+    from omnifm.data.importers import vqa_med
+
+    with shown_progress("copying images") as progress:
+        _written(vqa_med.import_vqa_med(source, folder, progress=progress))

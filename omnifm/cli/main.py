@@ -33,12 +33,14 @@ def _register() -> None:
     from omnifm.cli.compare import compare
     from omnifm.cli.data import app as data_app
     from omnifm.cli.listing import list_
+    from omnifm.cli.predict import predict
     from omnifm.cli.report import report
     from omnifm.cli.run import run
 
     app.command()(run)
     app.command()(compare)
     app.command()(report)
+    app.command()(predict)
     app.command("list")(list_)
     app.add_typer(data_app, name="data")
 

@@ -116,14 +116,23 @@ def to_slices(image: Image, size: int, channels: int, slice_axis: int | None) ->
     Raises:
         DataError: a value is NaN or infinite, or a volume comes without `slice_axis`.
     """
+    planes = to_planes(image, channels, slice_axis)
+    resized = np.stack([[_resize(channel, size) for channel in plane] for plane in planes])
+    return np.repeat(resized, channels // resized.shape[1], axis=1)
+
+
+def to_planes(image: Image, channels: int, slice_axis: int | None) -> npt.NDArray[np.float32]:
+    """Scale and cut one image: `(c, *spatial)` -> `(n, c, h, w)` in [0, 1]; colour becomes luminance where `channels` is 1.
+
+    Raises:
+        DataError: as `to_slices`.
+    """
     array = unit_range(image)
     if array.shape[0] == 3 and channels == 1:
         array = np.tensordot(np.array(LUMINANCE, dtype=np.float32), array, axes=1)[None]
     if array.ndim == 4 and slice_axis is None:
         raise DataError("is a volume, and cohort.toml has no slice_axis to cut it along")
-    planes = np.moveaxis(array, slice_axis + 1, 0) if array.ndim == 4 and slice_axis is not None else array[None]
-    resized = np.stack([[_resize(channel, size) for channel in plane] for plane in planes])
-    return np.repeat(resized, channels // resized.shape[1], axis=1)
+    return np.moveaxis(array, slice_axis + 1, 0) if array.ndim == 4 and slice_axis is not None else array[None]
 
 
 def unit_range(image: Image) -> npt.NDArray[np.float32]:

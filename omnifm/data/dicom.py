@@ -1,5 +1,6 @@
 """DICOM pixel data and geometry. No other attribute is read, so no patient's attribute can reach an array or a message."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from omnifm.errors import DataError
 Pixels = tuple[npt.NDArray[np.float32], tuple[float, ...] | None, npt.NDArray[np.float64] | None, int]
 
 _GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness")
+_SERIES = ("SeriesInstanceUID", "ImagePositionPatient", "NumberOfFrames")
 _PIXELS = (
     *("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept"),
@@ -58,7 +60,7 @@ def read_series(folder: Path) -> Pixels:
     if any(not np.allclose(np.array(h.ImageOrientationPatient, dtype=np.float64), orientation, atol=1e-3) for h in headers):
         raise DataError("the slices have different orientations: keep one series per folder")
     positions = np.array([h.ImagePositionPatient for h in headers], dtype=np.float64)
-    along = positions @ np.cross(orientation[:3], orientation[3:])
+    along = along_normal(headers)
     order = np.argsort(along, kind="stable")
     gap = _even_gap(along[order])
     slices = [_pixels(headers[i]) for i in order]
@@ -72,6 +74,33 @@ def read_series(folder: Path) -> Pixels:
     step = (positions[order[-1]] - positions[order[0]]) / max(len(order) - 1, 1)
     affine = _affine(orientation, positions[order[0]], in_plane, step if len(order) > 1 else None, gap)
     return array, (gap, *in_plane), affine, max(image[3] for image in slices)
+
+
+def along_normal(headers: Sequence[Any]) -> npt.NDArray[np.float64]:
+    """Return where slices lie along the normal of the first, mm. Ascending, it is the order of `read_series`."""
+    orientation = np.array(headers[0].ImageOrientationPatient, dtype=np.float64)
+    positions = np.array([header.ImagePositionPatient for header in headers], dtype=np.float64)
+    distance: npt.NDArray[np.float64] = positions @ np.cross(orientation[:3], orientation[3:])
+    return distance
+
+
+def is_series(folder: Path) -> bool:
+    """Whether a folder holds several `.dcm` files that state one series, and their place in it. Damaged files do not count."""
+    import pydicom
+
+    # The number of a series is looked at, and goes nowhere.
+    series: list[Any] = []
+    for file in series_files(folder):
+        try:
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_SERIES))
+        # As `pixel_array`, the parser of damaged files raises what it likes. Who reads the series will say what is wrong.
+        except Exception:
+            series.append(None)
+            continue
+        if "ImagePositionPatient" not in header or int(header.get("NumberOfFrames") or 1) > 1:
+            return False
+        series.append(header.get("SeriesInstanceUID", ""))
+    return len(series) > 1 and len({uid for uid in series if uid is not None}) == 1
 
 
 def series_files(folder: Path) -> list[Path]:

@@ -11,6 +11,9 @@ import numpy.typing as npt
 from omnifm.errors import DataError
 
 RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+SUFFIXES = (*NIFTI_SUFFIXES, ".dcm", ".tif", ".tiff", ".npy", *RASTER_SUFFIXES)
+"""Endings of the names, in lower case, of all files that `read_image` reads."""
 _GREY_MODES = {"1": "L", "L": "L", "LA": "L", "I;16": "I;16", "I;16L": "I;16", "I;16B": "I;16B", "I": "I", "F": "F"}
 _MODE_BITS = {"1": 8, "L": 8, "LA": 8, "I": 32, "F": 32}
 
@@ -79,7 +82,7 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 
 def _reader(path: Path) -> Callable[[Path], Image]:
     name = path.name.lower()
-    if name.endswith((".nii", ".nii.gz")):
+    if name.endswith(NIFTI_SUFFIXES):
         return _read_nifti
     if path.is_dir() or name.endswith(".dcm"):
         return _read_dicom

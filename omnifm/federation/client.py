@@ -277,12 +277,15 @@ class Site:
             metric.update(answer(batch), batch.target, batch.row, batch.side)
         return metric.state()
 
+    def predictor(self, request: Request) -> Callable[[Batch], Tensor]:
+        """Make the model the client's; return what predicts with it, until the next request."""
+        self.strategy.begin(self._job(request, self._install(request)))
+        return self._predict
+
     def predict(self, request: Request, index: Tensor) -> tuple[Tensor, Batch]:
         """Return a client's predictions for test examples `index`, for pictures."""
-        job = self._job(request, self._install(request))
-        self.strategy.begin(job)
-        batch = job.data.test.batch(index)
-        return self._predict(batch), batch
+        batch = self._data(request.client).test.batch(index)
+        return self.predictor(request)(batch), batch
 
 
 def _require_finite(tensors: Mapping[str, Tensor], request: Request, complaint: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from omnifm.config import Config
 from omnifm.data.cohort import Cohort
 from omnifm.data.partition import ClientPlan
+from omnifm.data.readers import Image
 from omnifm.errors import ConfigError, FederationError
 from omnifm.metrics.base import NOTHING, Metric
 
@@ -222,6 +223,23 @@ class Picture(NamedTuple):
     correct: bool | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a task says about one case that came as files, on the grid of its first image.
+
+    Attributes:
+        facts: in words and numbers, for JSON.
+        mask: `(*spatial)`, a class number for every pixel of the image's array.
+        classes: names of the mask's numbers; 0 is background.
+        image: `(c, *axes)` float32 in [0, 1], c 1 or 3, over the same extent as the image's array. It may have more pixels.
+    """
+
+    facts: Mapping[str, Any]
+    mask: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+    classes: tuple[str, ...] = ()
+    image: np.ndarray[Any, np.dtype[np.float32]] | None = None
+
+
 class TaskOptions(BaseModel):
     """The table `[tasks.NAME]` of a config; a task with options derives its own."""
 
@@ -329,3 +347,21 @@ class Task(ABC):
         """Return the training labels `(n,)` of a client, for per-class prototypes; None where a task has none."""
         del client
         return None
+
+    def examples(self, images: Sequence[Image], question: str, client: str) -> Batch:
+        """Return the examples of one case of a client's: its slices, scaled and resized as training data are.
+
+        Args:
+            images: what was decoded of the case's files; two of them for a pair.
+            question: what was asked, or nothing.
+            client: whose cohort says how volumes are cut.
+
+        Raises:
+            DataError: these images cannot be used.
+            ConfigError: no image of this kind can be, or a question is missing or one too many.
+        """
+        raise ConfigError(f"task {self.name} cannot predict on files")
+
+    def answer(self, prediction: Tensor, batch: Batch, images: Sequence[Image], client: str) -> Answer:
+        """Return what the predictions for `examples(images, ...)` say about the case."""
+        raise ConfigError(f"task {self.name} cannot predict on files")

@@ -12,13 +12,15 @@ from torch.nn import functional
 
 from omnifm.backbones.build import build_trunk
 from omnifm.backbones.efficientnet import IMAGENET_MEAN, IMAGENET_STD
-from omnifm.data.cache import load_images
+from omnifm.data.cache import load_images, to_slices
 from omnifm.data.cohort import Cohort
+from omnifm.data.readers import Image
 from omnifm.errors import DataError
 from omnifm.metrics.base import Metric
 from omnifm.metrics.classification import ClassificationMetric
 from omnifm.tasks.augment import flip_shift
 from omnifm.tasks.base import (
+    Answer,
     Backbone,
     Batch,
     ClientData,
@@ -31,6 +33,7 @@ from omnifm.tasks.base import (
     TaskData,
     TaskOptions,
 )
+from omnifm.tasks.cases import case_rows, cohort_of, only_image
 
 
 @dataclass(frozen=True)
@@ -179,3 +182,16 @@ class Classification(Task):
         pixels = (batch.image[index].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
         image = pixels[..., 0] if pixels.shape[2] == 1 else pixels
         return Picture((("image", image),), self.classes[truth], self.classes[guess], float(probability[guess]), guess == truth)
+
+    def examples(self, images: Sequence[Image], question: str, client: str) -> Batch:
+        """Return the slices of an image."""
+        image = only_image(images, question, self.name)
+        data = self._config.data
+        slices = to_slices(image, data.image_size, data.channels, cohort_of(self.data, client).spec.slice_axis)
+        return Batch(torch.from_numpy(slices), case_rows(len(slices)), case_rows(len(slices)))
+
+    def answer(self, prediction: Tensor, batch: Batch, images: Sequence[Image], client: str) -> Answer:
+        """Return the probability of every class of the union, the mean over slices as in the scores."""
+        probability = prediction.double().softmax(dim=1).mean(dim=0)
+        guess = self.classes[int(probability.argmax())]
+        return Answer({"class": guess, "probabilities": dict(zip(self.classes, probability.tolist(), strict=True))})

@@ -27,12 +27,16 @@ from omnifm.backbones.maps import MOST_TOKENS, add_back, to_tokens
 from omnifm.backbones.u2fusion import U2FusionDecoder, U2FusionEncoder
 from omnifm.backbones.vgg import VggInput, load_vgg16
 from omnifm.config import Real
-from omnifm.data.pairs import ImagePairs, load_pairs, to_rgb
+from omnifm.data.cache import to_planes, to_slices
+from omnifm.data.pairs import ImagePairs, load_pairs, to_rgb, to_ycbcr
+from omnifm.data.readers import Image
+from omnifm.data.resample import resize
 from omnifm.errors import ConfigError, DataError
 from omnifm.metrics.base import Metric
 from omnifm.metrics.fusion import FusionMetric, pair_scores
 from omnifm.metrics.fusion_scores import VIF_LEAST_SIDE
 from omnifm.tasks.base import (
+    Answer,
     Backbone,
     Batch,
     ClientData,
@@ -47,6 +51,7 @@ from omnifm.tasks.base import (
     TaskData,
     TaskOptions,
 )
+from omnifm.tasks.cases import case_rows, cohort_of, on_grid, slice_size
 from omnifm.tasks.fusion_loss import FusionLoss, Intensity, at_vgg_size, gaussian_pyramid
 
 log = logging.getLogger(__name__)
@@ -270,6 +275,32 @@ class Fusion(Task):
         )
         words = ", ".join(f"{label} {found[key]:.3f}" for label, key in (("VIF", "vif"), ("Qabf", "qabf"), ("SSIM", "ssim")))
         return Picture(panels, prediction=f"{words} (pixel-wise maximum: VIF {simple['vif']:.3f})")
+
+    def examples(self, images: Sequence[Image], question: str, client: str) -> Batch:
+        """Return the slices of a registered pair, the anatomical image first."""
+        if question or len(images) != 2:
+            raise ConfigError("task fusion reads two images a case and no question: name the second image with --with")
+        cohort = cohort_of(self.data, client)
+        axis = cohort.spec.slice_axis
+        anatomical, other = (to_slices(image, self._size, c, axis) for image, c in zip(images, (1, 3), strict=True))
+        if len(anatomical) != len(other):
+            raise DataError(f"has {len(anatomical)} slices, its second image {len(other)}")
+        coloured = to_ycbcr(other)
+        luminance = torch.from_numpy(np.concatenate([anatomical, coloured[:, :1]], axis=1))
+        side = {"chroma": torch.from_numpy(coloured[:, 1:]), "kind": torch.full((len(other),), self._kinds.index(cohort.name))}
+        return Batch(luminance, luminance, case_rows(len(other)), side)
+
+    def answer(self, prediction: Tensor, batch: Batch, images: Sequence[Image], client: str) -> Answer:
+        """Return the fused slices at the first image's size, in the second one's colours where it has some."""
+        first, second = images
+        axis = cohort_of(self.data, client).spec.slice_axis
+        size = slice_size(first, axis)
+        found = resize(prediction, size).clamp(0, 1).numpy()
+        if len(second.array) == 3:
+            # Colours come from the file, so they keep the detail that the network's size would have cost them.
+            chroma = torch.from_numpy(np.ascontiguousarray(to_ycbcr(to_planes(second, 3, axis))[:, 1:]))
+            found = to_rgb(np.concatenate([found, resize(chroma, size).numpy()], axis=1))
+        return Answer({}, image=on_grid(found, first, axis))
 
 
 def _shown(luminance: npt.NDArray[np.float32], chroma: npt.NDArray[np.float32] | None = None) -> Pixels:

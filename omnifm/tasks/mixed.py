@@ -17,9 +17,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from omnifm.config import Config, dump, parse, put
+from omnifm.data.readers import Image
 from omnifm.errors import ConfigError, DataError
 from omnifm.metrics.base import NOTHING, Metric, Scores
 from omnifm.tasks.base import (
+    Answer,
     Backbone,
     Batch,
     ClientData,
@@ -293,6 +295,15 @@ class Mixed(Task):
     def labels(self, client: str) -> Tensor | None:
         """Return a client's training labels, where its task has some."""
         return self._of(client).labels(client)
+
+    def examples(self, images: Sequence[Image], question: str, client: str) -> Batch:
+        """Return the examples of a case as the client's task makes them."""
+        batch = self._of(client).examples(images, question, client)
+        return batch._replace(route=f"{self._task_of[client]}{_SEPARATOR}{batch.route}")
+
+    def answer(self, prediction: Tensor, batch: Batch, images: Sequence[Image], client: str) -> Answer:
+        """Return what the client's task makes of the predictions."""
+        return self._of(client).answer(prediction, _inner(batch), images, client)
 
 
 def _answered(answer: Callable[[Batch], Tensor], batch: Batch) -> Tensor:

@@ -18,14 +18,16 @@ from torch.nn import functional
 from omnifm.backbones.maps import add_back, to_tokens
 from omnifm.backbones.unet import STEPS, UNetDecoder, UNetEncoder
 from omnifm.config import Real
-from omnifm.data.cache import CachedImages, load_images
+from omnifm.data.cache import CachedImages, load_images, to_slices
 from omnifm.data.cohort import Cohort
 from omnifm.data.masks import CachedMasks, load_masks
+from omnifm.data.readers import Image
 from omnifm.errors import ConfigError, DataError
 from omnifm.metrics.base import Metric
 from omnifm.metrics.segmentation import SegmentationMetric, Structures
 from omnifm.tasks.augment import flip_shift
 from omnifm.tasks.base import (
+    Answer,
     Backbone,
     Batch,
     ClientData,
@@ -39,6 +41,7 @@ from omnifm.tasks.base import (
     TaskData,
     TaskOptions,
 )
+from omnifm.tasks.cases import case_rows, cohort_of, on_grid, only_image, resized, slice_size
 
 BACKGROUND = "background"
 BRATS_CLASSES = ("NCR", "ED", "ET")
@@ -47,6 +50,8 @@ _OUT = -1e4
 """Logit of a class that takes no part; finite in bfloat16, and exactly 0 after a softmax in float32."""
 _COLOURS = ((230, 97, 1), (26, 150, 65), (44, 123, 182), (202, 0, 32), (123, 50, 148), (253, 184, 99))
 _SHOWN_SIDE = 192
+_AT_ONCE = 16
+"""Slices that are brought to the size of an image together."""
 
 
 class SegmentationOptions(TaskOptions):
@@ -58,6 +63,9 @@ class SegmentationOptions(TaskOptions):
     regions: Literal["", "brats"] = Field("", description="`brats`: score WT, TC and ET instead of the three labels.")
     dice_weight: Real = Field(1.0, ge=0.0, description="Weight of the Dice loss.")
     ce_weight: Real = Field(1.0, ge=0.0, description="Weight of the cross-entropy.")
+    train_slices: int = Field(
+        0, ge=0, description="Slices of each training volume that are trained on, evenly spaced; 0: all. Scores are of all."
+    )
     mirror: bool = Field(False, description="`flip_shift` also mirrors; wrong where left and right are classes.")
 
 
@@ -147,6 +155,13 @@ def class_union(cohorts: Mapping[str, Cohort], label_space: str, binary: bool) -
     return tuple(names), table
 
 
+def spaced(count: int, most: int) -> npt.NDArray[np.int64]:
+    """Return `most` of 0 .. count - 1, evenly spaced: the middles of as many equal parts; all where `most` is 0 or too large."""
+    if not 0 < most < count:
+        return np.arange(count)
+    return (2 * np.arange(most) + 1) * count // (2 * most)
+
+
 class Segmentation(Task):
     """A class per pixel."""
 
@@ -186,18 +201,23 @@ class Segmentation(Task):
         plan = self._plans.get(client)
         if plan is None:
             raise DataError(f"client {client}: not in this federation")
-        return ClientData(*(self._split(plan.cohort, rows) for rows in (plan.train, plan.val, plan.test)))
+        train = self._split(plan.cohort, plan.train, self.options.train_slices)
+        return ClientData(train, self._split(plan.cohort, plan.val), self._split(plan.cohort, plan.test))
 
-    def _split(self, cohort: str, rows: Sequence[int]) -> SliceSplit:
+    def _split(self, cohort: str, rows: Sequence[int], most: int = 0) -> SliceSplit:
         images = self._images[cohort]
         # slice_row ascends, so the slices of a row are one run.
         wanted = np.asarray(rows, dtype=np.int64)
         first, last = (np.searchsorted(images.slice_row, wanted, side=side) for side in ("left", "right"))
-        slices = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)] or [wanted])
+        slices = np.concatenate([a + spaced(b - a, most) for a, b in zip(first, last, strict=True)] or [wanted])
         numbers = np.asarray(self._numbers[cohort], dtype=np.int64)
+        return SliceSplit(images, self._masks[cohort], slices, numbers, self._allowed(cohort))
+
+    def _allowed(self, cohort: str) -> Tensor:
+        """Return which of the union's classes a cohort has, `(classes,)` bool."""
         allowed = torch.zeros(len(self.classes), dtype=torch.bool)
-        allowed[torch.from_numpy(numbers)] = True
-        return SliceSplit(images, self._masks[cohort], slices, numbers, allowed)
+        allowed[self._numbers[cohort]] = True
+        return allowed
 
     def backbone(self) -> Backbone:
         """Return a U-Net's encoder of `model.width`."""
@@ -261,6 +281,35 @@ class Segmentation(Task):
         overlap = [f"{self.classes[n]} Dice {_dice(guess == n, truth == n):.2f}" for n in present]
         panels = (("image", enlarge(base)), ("truth", outlined(base, truth)), ("prediction", outlined(base, guess)))
         return Picture(panels, prediction=", ".join(overlap) or "nothing, and there is nothing")
+
+    def examples(self, images: Sequence[Image], question: str, client: str) -> Batch:
+        """Return the slices of an image."""
+        image, cohort, data = only_image(images, question, self.name), cohort_of(self.data, client), self.data.config.data
+        slices = torch.from_numpy(to_slices(image, data.image_size, data.channels, cohort.spec.slice_axis))
+        side = {"allowed": self._allowed(cohort.name).expand(len(slices), -1)}
+        return Batch(slices, torch.zeros_like(slices[:, 0], dtype=torch.int64), case_rows(len(slices)), side)
+
+    def answer(self, prediction: Tensor, batch: Batch, images: Sequence[Image], client: str) -> Answer:
+        """Return the mask in the cohort's own class numbers, and how much there is of each class.
+
+        Probabilities, not labels, are brought to the image's size; the most probable class is chosen there.
+        """
+        image, cohort = images[0], cohort_of(self.data, client)
+        axis, number = cohort.spec.slice_axis, self._numbers[cohort.name]
+        chosen = list(dict.fromkeys(number))
+        size = slice_size(image, axis)
+        # A few slices at a time: all classes of a whole volume at its own size may not fit into memory.
+        parts = (resized(part.softmax(dim=1)[:, chosen], size).argmax(dim=1).byte() for part in prediction.split(_AT_ONCE))
+        mask = on_grid(torch.cat(list(parts)).numpy(), image, axis)
+        own = cohort.classes if self.options.head_space == "classes" else self.classes
+        classes = tuple(own[number.index(n)] for n in chosen)
+        counts = dict(zip(classes, np.bincount(mask.ravel(), minlength=len(classes)).tolist(), strict=True))
+        facts = {"classes": list(classes), "samples": counts}
+        if image.spacing is not None:
+            voxel = float(np.prod(image.spacing))
+            unit, share = ("area_mm2", voxel) if mask.ndim == 2 else ("volume_ml", voxel / 1000)
+            facts[unit] = {name: count * share for name, count in counts.items()}
+        return Answer(facts, mask, classes)
 
 
 def all_background(batch: Batch, outputs: int) -> Tensor:

@@ -25,13 +25,17 @@ from torch.nn import functional
 from omnifm.backbones.build import load_weights
 from omnifm.backbones.edsr import EdsrTrunk, Enlarger
 from omnifm.backbones.maps import MOST_TOKENS, add_back, to_tokens
+from omnifm.data.cache import LUMINANCE, to_planes
 from omnifm.data.native import NativeImages, Window, load_native
+from omnifm.data.pairs import to_rgb, to_ycbcr
 from omnifm.data.partition import ClientPlan
+from omnifm.data.readers import Image
 from omnifm.data.resample import enlarged, low_resolution
 from omnifm.errors import ConfigError, DataError
 from omnifm.metrics.base import Metric
 from omnifm.metrics.super_resolution import SSIM_LEAST_SIDE, SuperResolutionMetric, picture_scores
 from omnifm.tasks.base import (
+    Answer,
     Backbone,
     Batch,
     ClientData,
@@ -46,6 +50,7 @@ from omnifm.tasks.base import (
     TaskData,
     TaskOptions,
 )
+from omnifm.tasks.cases import case_rows, cohort_of, on_grid, only_image
 from omnifm.tasks.tiling import enlarge, overview
 
 log = logging.getLogger(__name__)
@@ -272,6 +277,31 @@ class SuperResolution(Task):
         captions = (f"low resolution, x{scale}", "bicubic", "enlarged", "truth")
         panels = tuple(zip(captions, map(_shown, (blocks, simple, found, truth)), strict=True))
         return Picture(panels, prediction=words)
+
+    def examples(self, images: Sequence[Image], question: str, client: str) -> Batch:
+        """Return the slices of an image, which count as low resolution. The target tells the size of the answer alone."""
+        image, data, scale = only_image(images, question, self.name), self.data.config.data, self._scale_of[client]
+        planes = to_planes(image, data.channels, cohort_of(self.data, client).spec.slice_axis)
+        low = torch.from_numpy(np.repeat(planes, data.channels // planes.shape[1], axis=1))
+        n, channels, height, width = low.shape
+        target = torch.zeros(1).expand(n, channels, scale * height, scale * width)
+        return Batch(overview(low, data.image_size), target, case_rows(n), {"low": low}, f"x{scale}")
+
+    def answer(self, prediction: Tensor, batch: Batch, images: Sequence[Image], client: str) -> Answer:
+        """Return the enlarged slices. Colours of a picture whose luminance alone was enlarged are enlarged bicubically."""
+        image, axis, scale = images[0], cohort_of(self.data, client).spec.slice_axis, self._scale_of[client]
+        found = prediction.clamp(0, 1).numpy()
+        if len(image.array) == 1:
+            # A network for colours gives three nearly equal channels.
+            found = (
+                found
+                if found.shape[1] == 1
+                else np.einsum("c,nchw->nhw", np.asarray(LUMINANCE, dtype=np.float32), found)[:, None]
+            )
+        elif found.shape[1] == 1:
+            chroma = torch.from_numpy(np.ascontiguousarray(to_ycbcr(to_planes(image, 3, axis))[:, 1:]))
+            found = to_rgb(np.concatenate([found, enlarged(chroma, scale).numpy()], axis=1))
+        return Answer({"scale": scale}, image=on_grid(found, image, axis))
 
 
 def scales_of(plans: Sequence[ClientPlan], options: SuperResolutionOptions) -> dict[str, int]:

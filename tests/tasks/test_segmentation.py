@@ -11,7 +11,7 @@ from omnifm.config import parse
 from omnifm.data.cohort import Row, write_cohort
 from omnifm.errors import ConfigError
 from omnifm.tasks.base import Batch, Features, Inputs, Model, Reading
-from omnifm.tasks.segmentation import Segmentation, all_background, class_union, outlined
+from omnifm.tasks.segmentation import Segmentation, SliceSplit, all_background, class_union, outlined
 from tests.data.builders import in_memory, noise, save_png, spec
 from tests.tasks.atlas import make_cohorts
 
@@ -155,6 +155,23 @@ def test_without_a_path_it_is_the_plain_network_and_with_one_it_is_not(tmp_path:
     assert torch.equal(plain, head.decoder(bottleneck, maps))  # type: ignore[operator, union-attr]
     changed = features.tokens + 1
     assert not torch.equal(head(Reading(changed, changed, features, inputs)), plain)
+
+
+def test_of_a_volume_some_slices_are_trained_on_and_all_are_scored(tmp_path: Path) -> None:
+    depth = 9
+    for i in range(3):
+        for name in ("v", "m"):
+            np.save(
+                tmp_path / f"{name}{i}.npy",
+                np.full((depth, 16, 16), i, np.int16) + np.arange(depth, dtype=np.int16)[:, None, None] % 2,
+            )
+    rows = [Row(id=f"r{i}", split=s, image=f"v{i}.npy", mask=f"m{i}.npy") for i, s in enumerate(("train", "val", "test"))]
+    keys = {"task": "segmentation", "classes": ("background", "x", "y", "z"), "mask_kind": "semantic", "slice_axis": 0}
+    write_cohort(tmp_path, spec(**keys), rows)
+    for wanted, kept in ((0, list(range(depth))), (3, [1, 4, 7]), (4, [1, 3, 5, 7]), (20, list(range(depth)))):
+        data = make_task(tmp_path, [tmp_path], train_slices=wanted).client_data("tiny-0")
+        assert isinstance(data.train, SliceSplit) and data.train.slices.tolist() == kept
+        assert len(data.val) == len(data.test) == depth
 
 
 def test_everything_background_is_what_it_says(tmp_path: Path) -> None:

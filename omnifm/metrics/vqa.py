@@ -1,0 +1,133 @@
+"""Scores of answers in words, freely generated and, apart from them, under teacher forcing.
+
+    name                what                                                                over
+    accuracy            exact match after normalisation                                     all questions
+    closed_accuracy     the same                                                            closed questions
+    open_exact          the same                                                            open questions
+    open_f1             F1 of the bags of words                                             open questions
+    open_recall         share of the truth's words that were said                           open questions
+    bleu1 .. bleu4      sentence BLEU with Lin and Och's smoothing                          open questions
+    accuracy/TYPE       exact match                                                         questions of a type
+    f1/TYPE             F1                                                                  questions of a type
+    disjoint_accuracy   exact match                                                         questions on images unseen in training
+    forced_NAME         the first nine, where each word was predicted after the true words before it
+
+`closed` is what the cohort says, whether the answer is yes, no or another choice; nothing is restricted to the choices.
+Scores under teacher forcing (the published numbers of FedVLMBench are such) are not comparable with the others: the model is told
+all but the last word. A question of several types counts in each. A score without questions is None.
+
+Text travels as code points, so that predictions, like everything else, are tensors.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from omnifm.errors import DataError
+from omnifm.metrics.answers import MAX_ORDER, bleu, overlap, tokens
+from omnifm.metrics.base import NOTHING, Metric, Scores
+
+_PAD = -1
+_LINE = ("exact", "f1", "recall", *(f"bleu{n}" for n in range(1, MAX_ORDER + 1)))
+_OPEN = {"open_exact": "exact", "open_f1": "f1", "open_recall": "recall"} | {n: n for n in _LINE if n.startswith("bleu")}
+
+
+def encode_texts(texts: Sequence[str]) -> Tensor:
+    """Return texts as code points, `(len(texts), longest)` int64, -1 after the end."""
+    longest = max(map(len, texts), default=0)
+    rows = [[*map(ord, text), *[_PAD] * (longest - len(text))] for text in texts]
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(texts), longest)
+
+
+def decode_texts(codes: Tensor) -> list[str]:
+    """Return the texts that `encode_texts` made `codes` `(n, longest)` from."""
+    return ["".join(map(chr, row[: row.index(_PAD)] if _PAD in row else row)) for row in codes.tolist()]
+
+
+def line(predicted: str, truth: str) -> list[float]:
+    """Return exact match, F1, recall and BLEU-1 to 4 of one answer."""
+    said, right = tokens(predicted), tokens(truth)
+    f1, recall, _ = overlap(said, right)
+    return [float(said == right), f1, recall, *bleu(said, right)]
+
+
+class VqaMetric(Metric):
+    """Keeps one line of scores per question, and which kind of question it is.
+
+    Args:
+        answers: the text behind each target number.
+        question_types: the name behind each column of `side["question_type"]`.
+        forced: whether predictions come with answers under teacher forcing.
+        disjoint: whether some cohort says which images are unseen.
+    """
+
+    def __init__(self, answers: Sequence[str], question_types: Sequence[str], *, forced: bool, disjoint: bool) -> None:
+        self._answers, self._types = answers, question_types
+        self._forced, self._disjoint = forced, disjoint
+        self._parts: list[dict[str, Tensor]] = [self._empty()]
+
+    def _empty(self) -> dict[str, Tensor]:
+        lines = torch.zeros(0, 1 + self._forced, len(_LINE), dtype=torch.float64)
+        flags = torch.zeros(0, dtype=torch.uint8)
+        kinds = torch.zeros(0, len(self._types), dtype=torch.uint8)
+        return {"line": lines, "closed": flags, "disjoint": flags, "question_type": kinds}
+
+    def update(self, prediction: Tensor, target: Tensor, row: Tensor, side: Mapping[str, Tensor] = NOTHING) -> None:
+        """Add a batch.
+
+        Args:
+            prediction: code points `(b, k, length)`: the free answer, then (k = 2) the one under teacher forcing.
+            target: number `(b,)` of the true answer.
+            row: not used: every question is a case of its own.
+            side: `closed` `(b,)` and `disjoint` `(b,)`, 1 or 0; `question_type` `(b, types)`, 1 where of the type.
+
+        Raises:
+            DataError: the shapes are not those.
+        """
+        del row
+        if prediction.ndim != 3 or prediction.shape[:2] != (len(target), 1 + self._forced):
+            raise DataError(f"answers {tuple(prediction.shape)} do not fit {len(target)} questions")
+        truths = [self._answers[number] for number in target.tolist()]
+        columns = [decode_texts(prediction[:, k]) for k in range(prediction.shape[1])]
+        lines = [[line(said, truth) for said in told] for truth, *told in zip(truths, *columns, strict=True)]
+        flags = {name: side[name].cpu().to(torch.uint8) for name in ("closed", "disjoint", "question_type")}
+        self._parts.append(
+            {"line": torch.tensor(lines, dtype=torch.float64).reshape(-1, *self._parts[0]["line"].shape[1:])} | flags
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Return `line` `(n, k, 7)`, `closed` and `disjoint` `(n,)` and `question_type` `(n, types)`."""
+        return {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+
+    def merge(self, states: Iterable[Mapping[str, Tensor]]) -> "VqaMetric":
+        """Return the metric of all questions of `states`."""
+        union = VqaMetric(self._answers, self._types, forced=self._forced, disjoint=self._disjoint)
+        union._parts += [dict(state) for state in states]
+        return union
+
+    def compute(self) -> Scores:
+        """Return the scores in the order of the table above."""
+        state = self.state()
+        columns = dict(zip(_LINE, state["line"][:, 0].T, strict=True))
+        closed, unseen = state["closed"].bool(), state["disjoint"].bool()
+        scores = _main(columns, closed)
+        for place, name in enumerate(self._types):
+            chosen = state["question_type"][:, place].bool()
+            scores |= {f"accuracy/{name}": _mean(columns["exact"], chosen), f"f1/{name}": _mean(columns["f1"], chosen)}
+        if self._disjoint:
+            scores["disjoint_accuracy"] = _mean(columns["exact"], unseen)
+        if self._forced:
+            forced = _main(dict(zip(_LINE, state["line"][:, 1].T, strict=True)), closed)
+            scores |= {f"forced_{name}": value for name, value in forced.items()}
+        return scores
+
+
+def _main(columns: Mapping[str, Tensor], closed: Tensor) -> Scores:
+    everything = torch.ones_like(closed)
+    scores = {"accuracy": _mean(columns["exact"], everything), "closed_accuracy": _mean(columns["exact"], closed)}
+    return scores | {name: _mean(columns[column], ~closed) for name, column in _OPEN.items()}
+
+
+def _mean(values: Tensor, chosen: Tensor) -> float | None:
+    return float(values[chosen].mean()) if bool(chosen.any()) else None
