@@ -1,7 +1,7 @@
 """Volumes turned so that they lie as the training volumes do, and answers turned back.
 
 A file may store the same volume along other axes or backwards: DICOM series have slices first, most NIfTI files last. What is
-read is permuted and flipped, never interpolated, until each axis of the array is nearest to the direction that it has in training.
+read is permuted and flipped, never interpolated, until each axis of the array is nearest to the direction it has in training.
 """
 
 from dataclasses import replace
