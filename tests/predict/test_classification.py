@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from omnifm.federation.client import Site
 from omnifm.federation.messages import Request
 from omnifm.federation.rounds import held
 from omnifm.predict.cases import Case
@@ -64,6 +66,15 @@ def _site(run: Path) -> Any:
 
     site = build.make_site(load(run / "config.toml"), run / "checkpoint/clients")
     return site, site.strategy
+
+
+def test_the_bank_of_the_server_comes_with_the_request(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Request] = []
+    run = finished("omnifm")
+    monkeypatch.setattr(Site, "predictor", lambda site, request: seen.append(request))
+    open_run(run, CLIENT)
+    assert (seen[0].client, seen[0].round) == (CLIENT, 3)
+    assert torch.equal(seen[0].extra["bank/vectors"], load_file(run / "bank/round-0002.safetensors")["vectors"])
 
 
 def test_another_clients_model_and_another_round_say_something_else(finished: Finished, tmp_path: Path) -> None:

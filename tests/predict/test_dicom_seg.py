@@ -16,7 +16,7 @@ from omnifm.predict.writers import OutFolder, write_answer
 from omnifm.tasks.base import Answer
 from tests.predict.files import ALONG_COLUMN, ALONG_ROW, GAP, ORIGIN, SPACING, dicom, position, series
 
-CLASSES = ("background", "Läsion", "edema", "absent")
+CLASSES = ("background", "Läsion λ", "edema", "absent")
 MADE_BY = {"config_hash": "ab" * 32, "client": "c-0", "rounds": 3}
 SHAPE = (5, 6, 4)  # slices, rows, columns
 # Values that tell slice, row and column, so that a mask made of them shows every confusion of axes.
@@ -93,7 +93,7 @@ def test_patient_study_and_frame_of_reference_are_the_sources(tmp_path: Path) ->
     assert seg.SeriesInstanceUID != source.SeriesInstanceUID
     assert (seg.Modality, seg.SegmentationType, seg.SegmentsOverlap) == ("SEG", "BINARY", "NO")
     segments = {int(s.SegmentNumber): s for s in seg.SegmentSequence}
-    assert {n: s.SegmentLabel for n, s in segments.items()} == {1: "Läsion", 2: "edema", 3: "absent"}
+    assert {n: s.SegmentLabel for n, s in segments.items()} == {1: "Läsion λ", 2: "edema", 3: "absent"}
     assert {s.SegmentAlgorithmType for s in segments.values()} == {"AUTOMATIC"}
     assert segments[1].SegmentedPropertyTypeCodeSequence[0].CodingSchemeDesignator == "99OMNIFM"
 
