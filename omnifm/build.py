@@ -140,8 +140,8 @@ def make_strategy(config: Config, data: Data, task: Task) -> Strategy:
     """Return the strategy of the run."""
     found, options = strategy_options(config)
     clients = tuple(ClientInfo(plan.id, plan.modality, len(plan.train)) for plan in data.plans)
-    rounds = config.federation.rounds
-    return found(options, Context(clients, config.seed, rounds, config.model.buffers, task.one_label_space))
+    federation, buffers = config.federation, config.model.buffers
+    return found(options, Context(clients, config.seed, federation.rounds, buffers, task.one_label_space, federation.weighting))
 
 
 def make_model(config: Config, task: Task, strategy: Strategy) -> Model:

@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from omnifm.errors import ConfigError
 
+_LATER = ("local_steps", "weighting")
+"""Keys of `[federation]` that came after results had been published; left at their defaults they change no digest."""
+
 
 class Section(BaseModel):
     """Base of every config section: immutable, and a misspelt key is an error."""
@@ -45,6 +48,12 @@ class FederationConfig(Section):
     rounds: int = Field(20, ge=1, description="Communication rounds.")
     participation: Real = Field(1.0, gt=0.0, le=1.0, description="Fraction of the clients that train in a round.")
     local_epochs: int = Field(1, ge=1, description="Passes over a client's training images per round.")
+    local_steps: int = Field(
+        0, ge=0, description="Optimiser steps of a client per round, in place of `local_epochs`; 0: whole epochs."
+    )
+    weighting: Literal["examples", "equal"] = Field(
+        "examples", description="Weight of a client in every mean: its number of training examples, or the same for all."
+    )
     partition: Literal["natural", "by_modality", "dirichlet", "iid", "by_column"] = Field(
         "iid", description="How cohorts are cut into clients unless a cohort says otherwise."
     )
@@ -249,4 +258,7 @@ def digest(config: Config) -> str:
     raw["strategies"] = {config.strategy: raw["strategies"].get(config.strategy, {})}
     if not raw["tasks"]:
         raw.pop("tasks")  # a run without such options has the digest it had before there were any
+    for key in _LATER:
+        if raw["federation"][key] == FederationConfig.model_fields[key].default:
+            raw["federation"].pop(key)
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:12]

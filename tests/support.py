@@ -271,7 +271,8 @@ def make_lab(
 def make_strategy(config: Config, hospitals: Sequence[Hospital], task: Task) -> Strategy:
     found, options = build.strategy_options(config)
     infos = tuple(ClientInfo(h.id, h.modality, h.train) for h in hospitals)
-    context = Context(infos, config.seed, config.federation.rounds, config.model.buffers, task.one_label_space)
+    federation, buffers = config.federation, config.model.buffers
+    context = Context(infos, config.seed, federation.rounds, buffers, task.one_label_space, federation.weighting)
     return found(options, context)
 
 

@@ -200,6 +200,7 @@ SAME = [
     {"federation__cohorts": [{"path": "/elsewhere/a"}]},
     {"strategies": {"fedprox": {"mu": 3.0}}},
     {"federation__rounds": 20},
+    {"federation__local_steps": 0, "federation__weighting": "examples"},
 ]
 OTHER = [
     {"seed": 1},
@@ -208,6 +209,8 @@ OTHER = [
     {"federation__rounds": 21},
     {"federation__cohorts": [{"path": "cohorts/b"}]},
     {"federation__cohorts": [{"path": "cohorts/a", "clients": 2}]},
+    {"federation__local_steps": 3},
+    {"federation__weighting": "equal"},
     {"engine__precision": "bf16"},
     {"engine__threads": 2},
     {"optimiser__lr": 0.051},

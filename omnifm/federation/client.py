@@ -1,9 +1,11 @@
 """A site: what answers requests where the data are. Holds one model, whatever the number of clients it answers for."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,26 @@ class LocalConfig:
     seed: int
     rounds: int
     augmented: bool
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a client trains.
+
+    Attributes:
+        epochs: passes over its training examples.
+        budget: examples of each pass, drawn anew; None: all.
+        steps: optimiser steps, however many passes that takes; 0: as many as `epochs` passes have.
+    """
+
+    epochs: int
+    budget: int | None = None
+    steps: int = 0
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Effort":
+        """Read a training request's settings."""
+        return cls(int(settings["epochs"]), settings.get("budget"), int(settings.get("steps", 0)))
 
 
 def learning_rate(optimiser: OptimiserConfig, round_index: int, rounds: int) -> float:
@@ -131,7 +153,7 @@ class Site:
         with seeds.scope(config.seed, "train", request.round, request.client):
             self.strategy.begin(job)
             lr = learning_rate(config.optimiser, request.round, config.rounds)
-            losses = self._fit(job, lr, int(request.settings["epochs"]), request.settings.get("budget"), with_strategy=True)
+            losses = self._fit(job, lr, Effort.of(request.settings), with_strategy=True)
             upload = self.strategy.finish(job)
         self._save(request, job)
         tensors = sharing.read(self.model, self._of(request.client, self.sharing.shared))
@@ -155,7 +177,7 @@ class Site:
         with seeds.scope(self._config.seed, "evaluate", request.round, request.client):
             self.strategy.begin(job)
             if settings.get("finetune_epochs"):
-                self._fit(job, float(settings["finetune_lr"]), int(settings["finetune_epochs"]), None, with_strategy=False)
+                self._fit(job, float(settings["finetune_lr"]), Effort(int(settings["finetune_epochs"])), with_strategy=False)
         states = self._score(request.client, job.data.split(settings["split"]), self._predict)
         _require_finite(states, request, "a prediction is not finite")
         return self._reply(request, len(job.data.train), extra=states)
@@ -213,7 +235,17 @@ class Site:
         return Reply(request.kind, request.round, request.client, num_examples, tensors or {}, extra or {}, metrics or {})
 
     # ------------------------------------------------------------------ the one local loop
-    def _batches(self, job: LocalJob, epoch: int, budget: int | None) -> Iterator[Batch]:
+    def _batches(self, job: LocalJob, effort: Effort) -> Iterator[Batch]:
+        """Yield the batches of a round."""
+        if not effort.steps:
+            return itertools.chain.from_iterable(self._epoch(job, epoch, effort.budget) for epoch in range(effort.epochs))
+        per_epoch = len(job.data.train) if effort.budget is None else min(effort.budget, len(job.data.train))
+        if self._has_batch_norm and min(per_epoch, self._config.optimiser.batch_size) == 1:
+            return iter(())  # no epoch has a batch
+        epochs = (self._epoch(job, epoch, effort.budget) for epoch in itertools.count())
+        return itertools.islice(itertools.chain.from_iterable(epochs), effort.steps)
+
+    def _epoch(self, job: LocalJob, epoch: int, budget: int | None) -> Iterator[Batch]:
         generator = seeds.generator(self._config.seed, "batches", job.round, job.client, epoch)
         order = torch.randperm(len(job.data.train), generator=generator)[:budget]
         for index in order.split(self._config.optimiser.batch_size):
@@ -222,7 +254,7 @@ class Site:
                 batch = job.data.train.batch(index)
                 yield self.task.augment(batch, generator) if self._config.augmented else batch
 
-    def _fit(self, job: LocalJob, lr: float, epochs: int, budget: int | None, *, with_strategy: bool) -> dict[str, float]:
+    def _fit(self, job: LocalJob, lr: float, effort: Effort, *, with_strategy: bool) -> dict[str, float]:
         """Train in place; return mean loss and penalty over the steps. Raises FederationError if a loss is not finite."""
         if not len(job.data.train):
             raise FederationError(f"client {job.client}: no training examples")
@@ -230,10 +262,9 @@ class Site:
         self.model.train()
         total = torch.zeros(2, device=self._config.device, dtype=torch.float64)
         steps = 0
-        for epoch in range(epochs):
-            for batch in self._batches(job, epoch, budget):
-                total += self._step(job, batch, optimiser, with_strategy)
-                steps += 1
+        for batch in self._batches(job, effort):
+            total += self._step(job, batch, optimiser, with_strategy)
+            steps += 1
         if not steps:
             raise FederationError(f"client {job.client}: BatchNorm cannot train on batches of one (set model.norm = 'group')")
         loss, penalty = (total / steps).tolist()

@@ -117,8 +117,9 @@ class Neighbourhoods:
         own = server.meta["neighbourhoods"][reply.client]
         # Kept apart until the round ends: what a client is sent must not depend on whose reply came before.
         self._examples[own] = self._examples.get(own, 0) + reply.num_examples
+        own_weight = self._context.weight(reply.num_examples)
         for j, weight in enumerate(server.meta["neighbourhood_weights"][reply.client]):
-            self._means.setdefault(j, RunningMean()).add(reply.tensors, reply.num_examples * weight)
+            self._means.setdefault(j, RunningMean()).add(reply.tensors, own_weight * weight)
 
     def end_round(self, server: ServerState, step: float) -> None:
         """Replace the means of the neighbourhoods that had a member in this round."""

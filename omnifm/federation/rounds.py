@@ -111,11 +111,13 @@ def _requests(
     federation: Federation, server: ServerState, index: int, sampled: Sequence[str], down: dict[str, dict[str, int]]
 ) -> Iterator[Request]:
     strategy = federation.strategy
-    settings: dict[str, Any] = {"epochs": federation.config.local_epochs, "keep": server.meta.get("keep", [])}
+    config = federation.config
+    settings: dict[str, Any] = {"epochs": config.local_epochs, "steps": config.local_steps, "keep": server.meta.get("keep", [])}
     clients = sampled
     if strategy.pooled:
         # As many examples as the sampled clients would have seen, drawn from everybody's.
         settings["budget"] = sum(federation.num_train[c] for c in sampled)
+        settings["steps"] = config.local_steps * len(sampled)
         clients = (POOLED,)
     for client in clients:
         tensors = held(strategy.shared_for(server, client), federation.holds.get(client))

@@ -28,6 +28,11 @@ class Context:
     rounds: int
     buffers: str = "average"
     one_label_space: bool = True
+    weighting: str = "examples"
+
+    def weight(self, num_examples: int) -> int:
+        """Return a client's weight in a mean: its number of training examples, or 1."""
+        return num_examples if self.weighting == "examples" else 1
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ class Strategy:
 
     def receive(self, server: ServerState, reply: Reply) -> None:
         """Take in one reply and let go of it."""
-        self._mean.add(reply.tensors, reply.num_examples)
+        self._mean.add(reply.tensors, self.context.weight(reply.num_examples))
         if self.neighbourhoods:
             self.neighbourhoods.receive(server, reply)
 

@@ -82,6 +82,35 @@ def test_an_epoch_is_every_example_once_in_a_new_order(tmp_path: Path) -> None:
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
 
 
+def test_steps_go_on_into_further_epochs_and_stop_in_the_middle_of_one(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path / "1", hospitals=ONE, federation__rounds=1, federation__local_steps=5)
+    whole = make_lab(tmp_path / "2", hospitals=ONE, federation__rounds=1, federation__local_epochs=2)
+    batches, longer = watched(lab), watched(whole)
+    lab.run()
+    whole.run()
+    rows = [batch.row.tolist() for batch in batches]
+    assert [len(r) for r in rows] == [4, 4, 2, 4, 4]
+    assert rows == [batch.row.tolist() for batch in longer][:5]
+
+
+def test_every_client_takes_the_same_number_of_steps(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, federation__rounds=1, federation__local_steps=2)
+    batches = watched(lab)
+    lab.run()
+    assert len(batches) == 2 * len(HOSPITALS)
+    pooled = make_lab(tmp_path / "2", "centralised", federation__rounds=1, federation__local_steps=2)
+    batches = watched(pooled)
+    pooled.run()
+    assert len(batches) == 2 * len(HOSPITALS)
+
+
+def test_a_client_that_has_no_batch_is_named_with_steps_too(tmp_path: Path) -> None:
+    alone = (replace(ONE[0], train=1),)
+    lab = make_lab(tmp_path, hospitals=alone, model__norm="batch", federation__rounds=1, federation__local_steps=3)
+    with pytest.raises(FederationError, match=r"client a.*BatchNorm"):
+        lab.run()
+
+
 @pytest.mark.parametrize(("norm", "sizes"), [("group", [4, 4, 1]), ("batch", [4, 4])])
 def test_a_batch_of_one_is_left_out_for_batch_norm_alone(norm: str, sizes: list[int], tmp_path: Path) -> None:
     lab = make_lab(tmp_path, hospitals=(replace(ONE[0], train=9),), model__norm=norm, federation__rounds=1)

@@ -84,6 +84,18 @@ def test_examples_are_counted_where_their_client_belongs(tmp_path: Path) -> None
     assert counts[groups["a"]] == 8 + 10 and counts[groups["b"]] == 2 * 6 + 12
 
 
+def test_equal_weighting_holds_in_neighbourhoods_too(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"federation__rounds": 1, "federation__weighting": "equal"}
+    lab = make_lab(tmp_path, "fedavg", {**HARD, "neighbourhood_shrinkage": 0.0}, hospitals=TWO, engine=Spy, **changes)
+    server = lab.run()
+    members = [c for c, j in group_of(server).items() if j == group_of(server)["a"]]
+    replies = [r for r in spy(lab).trained() if r.client in members]
+    assert len(replies) > 1
+    for name, tensor in given(lab, server, "a").items():
+        mean = sum(r.tensors[name].double() for r in replies) / len(replies)
+        torch.testing.assert_close(tensor.double(), mean, atol=1e-7, rtol=1e-6)
+
+
 def test_a_neighbourhood_without_a_member_in_the_round_stays(tmp_path: Path) -> None:
     seen: list[dict[str, torch.Tensor]] = []
     lab = make_lab(tmp_path, "fedavg", NEIGHBOURS, hospitals=TWO, schedule=[["a", "b"], ["b", "d"]])

@@ -156,6 +156,15 @@ def test_fedavg_is_the_mean_by_examples(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor.double(), mean, atol=1e-7, rtol=1e-6)
 
 
+def test_equal_weighting_is_the_plain_mean(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, engine=Spy, federation__rounds=1, federation__weighting="equal")
+    new, replies = lab.run().shared, spy(lab).trained()
+    assert len({r.num_examples for r in replies}) > 1
+    for name, tensor in new.items():
+        mean = sum(r.tensors[name].double() for r in replies) / len(replies)
+        torch.testing.assert_close(tensor.double(), mean, atol=1e-7, rtol=1e-6)
+
+
 def test_a_client_counts_by_its_examples_and_not_by_its_batches(tmp_path: Path) -> None:
     """Thrice the weight is thrice the client."""
 
