@@ -1,11 +1,11 @@
-"""The published classification tables: strategies x seeds x participation, and the ablation. Resumable.
+"""The published tables: strategies x seeds, by task. Resumable.
 
-    python benchmarks/classification.py [--jobs 2] [--only main20|ablation|main100]
-    python benchmarks/classification.py --markdown      # the tables of docs/results/classification.md, nothing is run
+    python benchmarks/tables.py classification [--jobs 2] [--only main20]
+    python benchmarks/tables.py segmentation --markdown     # the table of docs/results/segmentation.md, nothing is run
 
-Each finished cell is one line of benchmarks/results/classification.csv with commit, seed, config hash and machine. A cell whose
-line is there (same config hash) is not run again, so the script can be stopped at any time. The last line of the output is a
-JSON object: mean personal accuracy by row.
+Each finished cell is one line of benchmarks/results/TABLE.csv with commit, seed, config hash and machine, and each untrained
+reference one line per seed. A cell whose line is there (same config hash) is not run again, so the script can be stopped at any
+time. The last line of the output is a JSON object: the mean personal main score by row.
 """
 
 import argparse
@@ -13,26 +13,21 @@ import csv
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from omnifm.compare import Cell, Variant, cell_row, plan_cells, read_variants, run_cells
+from plans import ROOT, TABLES, Table
+
+from omnifm.compare import Cell, cell_row, reference_rows, run_cells
 from omnifm.config import digest
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "classification.toml"
-RESULTS = ROOT / "benchmarks" / "results" / "classification.csv"
-STRATEGIES = ("local", "centralised", "fedavg", "fedprox", "fedper", "omnifm")
-SEEDS = (0, 1, 2)
+RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, str]
 
 
-def plan(only: str) -> list[Cell]:
+def plan(table: Table, only: str = "") -> list[Cell]:
     """Return the cells of the part called `only`, all parts for an empty string; cheap and important ones first."""
-    main = [Variant(name) for name in STRATEGIES]
-    ablation = read_variants(CONFIG.with_name("classification_ablation.toml"))
-    parts = {"main20": (main, 0.2), "ablation": (ablation, 0.2), "main100": (main, 1.0)}
-    wanted = [only] if only else list(parts)
-    return [cell for name in wanted for cell in plan_cells(CONFIG, parts[name][0], SEEDS, [parts[name][1]], ())]
+    return [cell for name, part in table.parts.items() if only in ("", name) for cell in part.cells()]
 
 
 def read_results(path: Path) -> list[Row]:
@@ -43,7 +38,7 @@ def read_results(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def write_results(path: Path, rows: list[Row]) -> None:
+def write_results(path: Path, rows: Sequence[Row]) -> None:
     """Write all lines, columns in the order they first appear in the longest line."""
     columns = list(dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row))
     partial = path.with_suffix(".part")
@@ -54,62 +49,88 @@ def write_results(path: Path, rows: list[Row]) -> None:
     partial.replace(path)
 
 
-def summary(rows: list[Row]) -> dict[str, float]:
-    """Return the mean personal accuracy over seeds, by strategy, variant and participation."""
-    groups: dict[str, list[float]] = {}
+def merged(rows: Sequence[Row], cell: Cell, outcome: str, out: Path) -> list[Row]:
+    """Return the lines with those of a cell that has just ended. What has the same name gives way to it."""
+    new = [cell_row(cell, outcome, out)]
+    if outcome == "ok":
+        # A variant may run on other data, so its references are its own.
+        new += [{**row, "variant": cell.variant.name} for row in reference_rows([cell], out)]
+    texts = [{key: "" if value is None else str(value) for key, value in row.items()} for row in new]
+    names = {_name(row) for row in texts}
+    return [row for row in rows if _name(row) not in names] + texts
+
+
+def _name(row: Row) -> tuple[str, ...]:
+    return tuple(row[key] for key in ("cell", "strategy", "variant", "participation", "seed"))
+
+
+def _groups(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        if row.get("personal_accuracy"):
-            name = " ".join(filter(None, (row["strategy"], row["variant"], f"p={row['participation']}")))
-            groups.setdefault(name, []).append(float(row["personal_accuracy"]))
-    return {name: round(statistics.mean(values), 4) for name, values in groups.items()}
+        groups.setdefault(tuple(row[key] for key in ("strategy", "variant", "participation", "rounds")), []).append(row)
+    return groups
 
 
-def markdown(rows: list[Row]) -> str:
-    """Return the results as a Markdown table: mean and standard deviation over seeds, in points of accuracy."""
-    columns = ("personal", "worst", "global", "finetuned", "best_personal")
+def summary(rows: Sequence[Row], score: str) -> dict[str, float]:
+    """Return the mean personal `score` over seeds, by strategy, variant and participation."""
+    found = {}
+    for (strategy, variant, participation, _), members in _groups(rows).items():
+        values = [float(row[f"personal_{score}"]) for row in members if row.get(f"personal_{score}")]
+        if values:
+            found[" ".join(filter(None, (strategy, variant, f"p={participation}")))] = round(statistics.mean(values), 4)
+    return found
+
+
+def markdown(rows: Sequence[Row], table: Table) -> str:
+    """Return the results as a Markdown table, mean and standard deviation over seeds: views of the main score, then others."""
+    main, *others = table.scores
+    columns = [f"{view}_{main}" for view in ("personal", "worst", "global", "finetuned", "best_personal")]
+    columns += [f"personal_{score}" for score in others]
     lines = [
         f"| strategy | variant | participation | rounds | seeds | {' | '.join(columns)} |",
         "|---" * (5 + len(columns)) + "|",
     ]
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in ("strategy", "variant", "participation", "rounds")), []).append(row)
-    for names, members in groups.items():
-        cells = [_spread([row.get(f"{column}_accuracy") or "" for row in members]) for column in columns]
+    for names, members in _groups(rows).items():
+        cells = [_spread([row.get(column) or "" for row in members], table) for column in columns]
         lines.append(f"| {' | '.join((*names, str(len(members)), *cells))} |")
     return "\n".join(lines)
 
 
-def _spread(texts: list[str]) -> str:
-    values = [100 * float(text) for text in texts if text]
+def _spread(texts: Sequence[str], table: Table) -> str:
+    values = [table.factor * float(text) for text in texts if text]
     if not values:
-        return "none"
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+        return ""
+    mean, digits = statistics.mean(values), table.digits
+    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=sorted(TABLES))
     parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
-    parser.add_argument("--only", choices=["", "main20", "ablation", "main100"], default="", help="one part of the tables")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "classification", help="folder of the runs")
-    parser.add_argument("--markdown", action="store_true", help="print the tables, run nothing")
+    parser.add_argument("--only", default="", help="one part of the table")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results/TABLE.csv")
+    parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/TABLE")
+    parser.add_argument("--markdown", action="store_true", help="print the table, run nothing")
     arguments = parser.parse_args()
+    table = TABLES[arguments.table]
+    results: Path = arguments.results or RESULTS / f"{arguments.table}.csv"
+    out: Path = arguments.out or ROOT / "runs" / arguments.table
+    if arguments.only and arguments.only not in table.parts:
+        parser.error(f"--only {arguments.only}: the parts of {arguments.table} are {', '.join(table.parts)}")
     if arguments.markdown:
-        print(markdown(read_results(arguments.results)))
+        print(markdown(read_results(results), table))
         return
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_results(arguments.results)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    rows = read_results(results)
     known = {(row["cell"], row["config_hash"]) for row in rows if row["status"] == "ok"}
-    todo = [cell for cell in plan(arguments.only) if (cell.name, digest(cell.config)) not in known]
-    for number, (cell, outcome) in enumerate(run_cells(todo, arguments.out, arguments.jobs), 1):
-        row = {key: "" if value is None else str(value) for key, value in cell_row(cell, outcome, arguments.out).items()}
-        # A failed try is kept until a later one replaces it.
-        rows = [old for old in rows if not (old["cell"] == cell.name and old["status"] != "ok")] + [row]
-        write_results(arguments.results, rows)
-        print(f"{number}/{len(todo)} {cell.name}: {outcome} {row.get('personal_accuracy', '')}", file=sys.stderr, flush=True)
-    print(json.dumps(summary(rows)))
+    todo = [cell for cell in plan(table, arguments.only) if (cell.name, digest(cell.config)) not in known]
+    for number, (cell, outcome) in enumerate(run_cells(todo, out, arguments.jobs), 1):
+        rows = merged(rows, cell, outcome, out)
+        write_results(results, rows)
+        print(f"{number}/{len(todo)} {cell.name}: {outcome}", file=sys.stderr, flush=True)
+    print(json.dumps(summary(rows, table.scores[0])))
 
 
 if __name__ == "__main__":

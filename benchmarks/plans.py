@@ -1,0 +1,118 @@
+"""Which runs the published tables are made of. A table is a list of parts; a part is one config run as several strategies."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from omnifm.compare import Cell, Variant, plan_cells, read_variants
+from omnifm.config import load
+from omnifm.data.cohort import Cohort
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+SEEDS = (0, 1, 2)
+FIVE = ("local", "centralised", "fedavg", "fedper", "omnifm")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Variants of one config at one participation; None: the config's own."""
+
+    config: Path
+    variants: Callable[[], list[Variant]]
+    participation: float | None = None
+
+    def cells(self) -> list[Cell]:
+        """Return its cells, all seeds."""
+        levels = () if self.participation is None else (self.participation,)
+        return plan_cells(self.config, self.variants(), SEEDS, levels, ())
+
+
+@dataclass(frozen=True)
+class Table:
+    """One CSV file. `scores`: what its Markdown table shows, the main one first."""
+
+    parts: dict[str, Part]
+    scores: tuple[str, ...]
+    digits: int = 1
+    factor: float = 100.0
+
+
+def _plain(*strategies: str, name: str = "", changes: tuple[str, ...] = ()) -> Callable[[], list[Variant]]:
+    return lambda: [Variant(strategy, name, changes) for strategy in strategies]
+
+
+def _own_federations() -> list[Variant]:
+    """Return the mixed config once per task, with the cohorts of that task alone: nothing else differs."""
+    by_task: dict[str, list[str]] = {}
+    for entry in load(CONFIGS / "mixed.toml").federation.cohorts:
+        by_task.setdefault(Cohort.read(Path(entry.path)).spec.task, []).append(entry.path)
+    return [
+        Variant(strategy, f"own-{task}", (f"federation.cohorts=[{', '.join(f'{{path={path!r}}}' for path in paths)}]",))
+        for task, paths in by_task.items()
+        for strategy in ("fedavg", "fedper", "omnifm")
+    ]
+
+
+def _named(name: str) -> Path:
+    return CONFIGS / f"{name}.toml"
+
+
+_CLASSIFICATION = ("local", "centralised", "fedavg", "fedprox", "fedper", "omnifm")
+TABLES = {
+    "classification": Table(
+        {
+            "main20": Part(_named("classification"), _plain(*_CLASSIFICATION), 0.2),
+            "ablation": Part(_named("classification"), lambda: read_variants(_named("classification_ablation")), 0.2),
+            "main100": Part(_named("classification"), _plain(*_CLASSIFICATION), 1.0),
+        },
+        ("accuracy",),
+    ),
+    "segmentation": Table(
+        {
+            "main": Part(_named("segmentation"), _plain(*FIVE)),
+            "binary": Part(
+                _named("segmentation"),
+                _plain("fedavg", "omnifm", name="binary", changes=("tasks.segmentation.head_space='binary'",)),
+            ),
+        },
+        ("dice", "hd95", "missed"),
+        digits=3,
+        factor=1,
+    ),
+    "super_resolution": Table(
+        {
+            "main": Part(_named("super_resolution"), _plain(*FIVE)),
+            "scales": Part(_named("super_resolution_scales"), _plain("local", "fedavg", "fedper", "omnifm", name="scales")),
+        },
+        ("psnr", "ssim", "psnr_rgb", "legacy_psnr", "legacy_ssim"),
+        digits=3,
+        factor=1,
+    ),
+    "fusion": Table(
+        {"main": Part(_named("fusion"), _plain(*FIVE))}, ("vif", "vif_least", "ssim", "qabf", "scd", "mi"), digits=3, factor=1
+    ),
+    "vqa": Table(
+        {
+            "main": Part(_named("vqa"), _plain(*FIVE)),
+            "blind": Part(_named("vqa"), _plain("omnifm", "local", name="blind", changes=("tasks.vqa.blind=true",))),
+        },
+        ("accuracy", "closed_accuracy", "open_exact", "open_f1", "disjoint_accuracy", "forced_accuracy"),
+    ),
+    "mixed": Table(
+        {
+            "mixed": Part(_named("mixed"), _plain("local", "fedavg", "fedper", "omnifm")),
+            "own": Part(_named("mixed"), _own_federations),
+        },
+        (
+            "score",
+            "classification/accuracy",
+            "segmentation/dice",
+            "super_resolution/psnr",
+            "vqa/accuracy",
+            "fusion/vif",
+        ),
+        digits=3,
+        factor=1,
+    ),
+}

@@ -1,0 +1,95 @@
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from omnifm.compare import Variant, plan_cells, run_cells
+from tests.run import jobs
+
+Script = Callable[[str], ModuleType]
+Call = Callable[..., list[dict[str, str]]]
+
+
+@pytest.fixture
+def call(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Run the script on a small table of two parts; return the lines of its CSV."""
+    data = jobs.data_folder(tmp_path)
+    config = jobs.write_toml(tmp_path / "job.toml", jobs.raw_config(data, "fedavg", federation={"rounds": 1}))
+    plans, tables = script("plans"), script("tables")
+    parts = {
+        "main": plans.Part(config, lambda: [Variant("local"), Variant("fedavg")]),
+        "wild": plans.Part(config, lambda: [Variant("fedavg", "wild", ("optimiser.lr=1e30",))], 1.0),
+    }
+    monkeypatch.setattr(plans, "SEEDS", (0,))
+    monkeypatch.setitem(plans.TABLES, "small", plans.Table(parts, ("accuracy", "auc")))
+
+    def run(*arguments: str) -> list[dict[str, str]]:
+        results = tmp_path / "small.csv"
+        line = ["tables.py", "small", "--results", str(results), "--out", str(tmp_path / "runs"), *arguments]
+        monkeypatch.setattr(sys, "argv", line)
+        tables.main()
+        with results.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    return run
+
+
+def test_finished_cells_are_lines_and_are_not_run_again(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = call("--only", "main")
+    assert [(row["cell"], row["status"]) for row in rows] == [("local-p0.75-s0", "ok"), ("fedavg-p0.75-s0", "ok")]
+    assert all(row["commit"] and row["machine"] and row["config_hash"] and row["personal_accuracy"] for row in rows)
+    assert '"fedavg p=0.75": ' in capsys.readouterr().out
+    again = call()
+    assert again[:2] == rows and "optimiser.lr" in again[2]["status"]
+    assert "1/1 fedavg-wild-p1-s0" in capsys.readouterr().err, "only the cell without a line was run"
+    assert call() == again, "a cell that failed is tried again and has one line"
+    capsys.readouterr()
+    call("--markdown")
+    printed = capsys.readouterr().out
+    assert "| fedavg | wild | 1.0 | 1 | 1 |  |" in printed
+    assert f"| {100 * float(rows[0]['personal_accuracy']):.1f} |" in printed
+
+
+def test_a_part_that_is_not_there_is_one_line(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        call("--only", "mian")
+    assert caught.value.code == 2 and "the parts of small are main, wild" in capsys.readouterr().err
+
+
+def test_references_have_one_line_for_each_variant_and_seed(script: Script, tmp_path: Path) -> None:
+    """Written by another cell of the same seed, they replace themselves."""
+    tables = script("tables")
+    raw = jobs.raw_config(jobs.data_folder(tmp_path), "fedavg", federation={"rounds": 1})
+    cells = plan_cells(jobs.write_toml(tmp_path / "job.toml", raw), [Variant("local"), Variant("fedavg")], [0], [], ())
+    rows: list[dict[str, str]] = []
+    for cell, outcome in run_cells(cells, tmp_path / "runs"):
+        metrics = tmp_path / "runs" / "cells" / cell.name / "metrics.json"
+        text = metrics.read_text().replace('"references": {}', '"references": {"majority": {"personal": {"accuracy": 0.25}}}')
+        metrics.write_text(text)
+        rows = tables.merged(rows, cell, outcome, tmp_path / "runs")
+    assert [(row["strategy"], row["status"]) for row in rows] == [("local", "ok"), ("fedavg", "ok"), ("majority", "reference")]
+    assert rows[-1]["personal_accuracy"] == "0.25"
+
+
+def test_own_federations_differ_from_the_mixed_one_in_their_cohorts_alone(script: Script) -> None:
+    plans = script("plans")
+    if not (plans.ROOT.parent / "shared" / "data").is_dir():
+        pytest.skip("the real cohorts are not beside the project")
+    mixed, *own = (part.cells() for part in plans.TABLES["mixed"].parts.values())
+    whole = mixed[0].config.federation.cohorts
+    alone = {cell.variant.name: cell.config.federation.cohorts for cells in own for cell in cells}
+    assert sorted(c.path for cohorts in alone.values() for c in cohorts) == sorted(c.path for c in whole)
+    first = own[0][0].config
+    assert first.model_copy(update={"federation": mixed[0].config.federation, "strategy": "local"}) == mixed[0].config
+
+
+def test_every_published_table_can_be_planned(script: Script) -> None:
+    plans, tables = script("plans"), script("tables")
+    if not (plans.ROOT.parent / "shared" / "data").is_dir():
+        pytest.skip("the real cohorts are not beside the project")
+    for name, table in plans.TABLES.items():
+        cells = tables.plan(table)
+        assert len({cell.name for cell in cells}) == len(cells) > 0, name
