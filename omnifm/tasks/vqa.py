@@ -45,6 +45,7 @@ from omnifm.tasks.vqa_text import answer_table, question_types, types_of
 
 _UNSEEN = "image_disjoint"
 _REACH = 8
+_AT_ONCE = 64
 Key = tuple[int, ...]
 
 
@@ -76,11 +77,23 @@ class _Facts:
 
 
 @dataclass(frozen=True)
+class _Seen:
+    """What a network that sees each image once made of a cohort's images: tensors by name, and the place of each row's image."""
+
+    tensors: Mapping[str, Tensor]
+    place: Tensor
+
+    def side(self, rows: Tensor) -> dict[str, Tensor]:
+        return {name: tensor[self.place[rows]] for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True)
 class QuestionSplit:
     """Questions of some manifest rows with their images, read from the memory map when asked for.
 
     Attributes:
         pixels: `(rows, c, h, w)` in [0, 1], one image per row.
+        seen: what is known of the images beforehand.
         rows: manifest row of each example.
         facts: of the whole cohort.
         network: turns questions and answers into tensors.
@@ -88,6 +101,7 @@ class QuestionSplit:
     """
 
     pixels: npt.NDArray[np.float32]
+    seen: _Seen
     rows: Tensor
     facts: _Facts
     network: Network
@@ -101,7 +115,7 @@ class QuestionSplit:
         rows = self.rows[index]
         image = torch.zeros(len(rows), *self.pixels.shape[1:]) if self.blind else torch.from_numpy(self.pixels[rows.numpy()])
         answer = self.facts.answer[rows]
-        side = self.facts.side(rows) | self.network.side(self.facts.question[rows], answer)
+        side = self.facts.side(rows) | self.seen.side(rows) | self.network.side(self.facts.question[rows], answer)
         return Batch(image, answer, rows, side)
 
 
@@ -129,6 +143,7 @@ class Vqa(Task):
                 raise DataError(f"cohort {name}: holds volumes; questions are asked about single images")
         self._facts = {name: self._facts_of(cohort) for name, cohort in cohorts.items()}
         self.network = self._network(cohorts)
+        self._seen = {name: self._look(cohort) for name, cohort in cohorts.items()}
         self.notes = _notes(options)
 
     def _network(self, cohorts: Mapping[str, Cohort]) -> Network:
@@ -138,6 +153,22 @@ class Vqa(Task):
         rows = [row for cohort in cohorts.values() for row in cohort.rows if row.split == "train"]
         pairs = [(row.question, row.answer) for row in rows]
         return Llava(config, o.llava, self.table, self._questions, o.prompt, (o.max_question, o.max_answer), pairs)
+
+    def _look(self, cohort: Cohort) -> _Seen:
+        """Show the network each image of a cohort once, however many questions are asked about it."""
+        pixels = self._images[cohort.name].pixels
+        first: dict[str, int] = {}
+        for place, row in enumerate(cohort.rows):
+            first.setdefault(row.image, place)
+        order = {image: number for number, image in enumerate(first)}
+        parts: list[dict[str, Tensor]] = []
+        for rows in torch.tensor(list(first.values())).split(_AT_ONCE):
+            image = torch.from_numpy(pixels[rows.numpy()])
+            parts.append(self.network.see(torch.zeros_like(image) if self.options.blind else image))
+            if not parts[0]:
+                break
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return _Seen(tensors, torch.tensor([order[row.image] for row in cohort.rows], dtype=torch.int64))
 
     def _facts_of(self, cohort: Cohort) -> _Facts:
         number = {question: place for place, question in enumerate(self._questions)}
@@ -159,7 +190,8 @@ class Vqa(Task):
             raise DataError(f"client {client}: not in this federation")
         pixels, facts = self._images[plan.cohort].pixels, self._facts[plan.cohort]
         rows = (torch.tensor(part, dtype=torch.int64) for part in (plan.train, plan.val, plan.test))
-        return ClientData(*(QuestionSplit(pixels, part, facts, self.network, self.options.blind) for part in rows))
+        seen, blind = self._seen[plan.cohort], self.options.blind
+        return ClientData(*(QuestionSplit(pixels, seen, part, facts, self.network, blind) for part in rows))
 
     def backbone(self) -> Backbone:
         """Return the image half of the network."""
@@ -172,7 +204,8 @@ class Vqa(Task):
     def probes(self) -> Sequence[Inputs]:
         """Return two questions, with and without what teacher forcing tells."""
         size, channels = self.data.config.data.image_size, self.data.config.data.channels
-        return probe(self.network.side(torch.tensor([0, 0]), torch.tensor([0, 0])), torch.zeros(2, channels, size, size))
+        image = torch.zeros(2, channels, size, size)
+        return probe(self.network.side(torch.tensor([0, 0]), torch.tensor([0, 0])) | self.network.see(image), image)
 
     def begin_training(self, model: Model, round_index: int) -> None:
         """Freeze and thaw what the fine-tuning strategy says for this round."""
@@ -212,7 +245,7 @@ class Vqa(Task):
         if len(slices) != 1:
             raise DataError("is a volume; questions are asked about single images")
         image = torch.zeros_like(slices) if self.options.blind else slices
-        return Batch(image, case_rows(1), case_rows(1), self.network.ask(question))
+        return Batch(image, case_rows(1), case_rows(1), self.network.ask(question) | self.network.see(image))
 
     def answer(self, prediction: Tensor, batch: Batch, images: Sequence[Image], client: str) -> Answer:
         """Return the free answer in words."""

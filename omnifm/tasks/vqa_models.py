@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from omnifm import seeds
 from omnifm.backbones.build import build_trunk
 from omnifm.backbones.efficientnet import IMAGENET_MEAN, IMAGENET_STD
 from omnifm.backbones.llava import PAD, Answerer, LlavaOptions, VisionTower, build_answerer, build_tower
@@ -35,6 +36,7 @@ from omnifm.tasks.vqa_text import (
 
 _HEADS = 4
 _PLACE = "{question}"
+_SEEN = "seen"
 
 
 class CompactOptions(BaseModel):
@@ -45,7 +47,7 @@ class CompactOptions(BaseModel):
     token_dim: int = Field(128, ge=8, multiple_of=_HEADS, description="Width of the image tokens that the question looks at.")
     layers: int = Field(2, ge=1, description="Layers of cross-attention from the question to the image.")
     dropout: float = Field(0.1, ge=0, lt=1)
-    freeze_trunk: bool = Field(False, description="The image trunk keeps the weights it came with.")
+    freeze_trunk: bool = Field(False, description="The image trunk keeps the weights it came with, and sees each image once.")
 
 
 class Network(ABC):
@@ -61,6 +63,11 @@ class Network(ABC):
     @abstractmethod
     def ask(self, question: str) -> dict[str, Tensor]:
         """Return what the network reads of one question that may be new to it, without an answer."""
+
+    def see(self, image: Tensor) -> dict[str, Tensor]:
+        """Return what is known beforehand of images `(b, c, h, w)`, and stays the same; by default, nothing."""
+        del image
+        return {}
 
     @abstractmethod
     def backbone(self) -> Backbone:
@@ -85,25 +92,17 @@ class Network(ABC):
 
 # ---------------------------------------------------------------------------------------------------- compact
 class ImageTokens(Backbone):
-    """A trunk, frozen or not, and a linear map to the width that the question looks at."""
+    """A trunk, and a linear map to the width that the question looks at. Without a trunk: the map, over what a frozen one saw."""
 
-    def __init__(self, trunk: TrunkBackbone, token_dim: int, *, frozen: bool) -> None:
+    def __init__(self, trunk: TrunkBackbone | None, width: int, token_dim: int) -> None:
         super().__init__()
         self.trunk = trunk
         self.token_dim = token_dim
-        self.project = nn.Identity() if trunk.token_dim == token_dim else nn.Linear(trunk.token_dim, token_dim)
-        self._frozen = frozen
-        trunk.requires_grad_(not frozen)
-
-    def train(self, mode: bool = True) -> "ImageTokens":
-        """Switch to training; a frozen trunk stays as it is, running statistics too."""
-        super().train(mode)
-        self.trunk.train(mode and not self._frozen)
-        return self
+        self.project = nn.Linear(width, token_dim) if trunk is None or width != token_dim else nn.Identity()
 
     def forward(self, inputs: Inputs) -> Features:
         """Return tokens `(b, l, token_dim)`."""
-        return Features(self.project(self.trunk(inputs).tokens))
+        return Features(self.project(inputs.side[_SEEN] if self.trunk is None else self.trunk(inputs).tokens))
 
 
 class CompactHead(Head):
@@ -137,6 +136,16 @@ class Compact(Network):
         self._states, self._mask = words.states, words.mask
         self._place = torch.tensor([words.place[text] for text in questions], dtype=torch.int64)
         self._spoken = encode_texts(table.texts[: table.classes])
+        # What is never trained is no part of the model: it sees each image once, before the first round.
+        self._frozen = self._frozen_trunk() if options.freeze_trunk else None
+
+    def _frozen_trunk(self) -> TrunkBackbone:
+        if not self._config.model.weights:
+            raise ConfigError("tasks.vqa.compact.freeze_trunk keeps the weights of model.weights, which names none")
+        if self._config.data.augment != "none":
+            raise ConfigError("tasks.vqa.compact.freeze_trunk sees each image once: set data.augment = 'none'")
+        with seeds.scope(self._config.seed, "init", "frozen trunk"):
+            return self._trunk().eval()
 
     def side(self, question: Tensor, answer: Tensor) -> dict[str, Tensor]:
         """Return MiniLM's states `(b, t, 384)` and their mask `(b, t)`."""
@@ -148,14 +157,27 @@ class Compact(Network):
         words = minilm_words([question], self._longest)
         return {"question": words.states.float(), "question_mask": words.mask}
 
-    def backbone(self) -> Backbone:
+    def see(self, image: Tensor) -> dict[str, Tensor]:
+        """Return the tokens of a frozen trunk."""
+        if self._frozen is None:
+            return {}
+        with torch.no_grad():
+            return {_SEEN: self._frozen(Inputs(image)).tokens}
+
+    def _trunk(self) -> TrunkBackbone:
         """Return the trunk that `[model]` names."""
         model, channels = self._config.model, self._config.data.channels
         trunk, width = build_trunk(model, channels)
         published = model.backbone == "efficientnet_lite0" and channels == 3
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if published else ([0.5] * channels, [0.25] * channels)
-        options = self._options
-        return ImageTokens(TrunkBackbone(trunk, width, mean, std), options.token_dim, frozen=options.freeze_trunk)
+        return TrunkBackbone(trunk, width, mean, std)
+
+    def backbone(self) -> Backbone:
+        """Return the trunk and the map behind it, or the map alone."""
+        if self._frozen is not None:
+            return ImageTokens(None, self._frozen.token_dim, self._options.token_dim)
+        trunk = self._trunk()
+        return ImageTokens(trunk, trunk.token_dim, self._options.token_dim)
 
     def head(self, token_dim: int) -> Head:
         """Return the reader and the classifier."""

@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from omnifm import build, run, seeds
+from omnifm.backbones.build import build_trunk
+from omnifm.backbones.resnet import ResNet18Trunk
 from omnifm.build import load_data, strategy_options
 from omnifm.config import Config, parse
 from omnifm.data.cohort import Cohort, Row
@@ -224,6 +228,59 @@ def test_configs_that_cannot_be(folder: Path) -> None:
         make(folder, model="llava", llava={"language": str(folder)})
     with pytest.raises(ConfigError, match=r"tasks.vqa.llava.tune: "):
         make(folder, llava={"tune": "F-X"})
+
+
+def frozen(folder: Path, **changes: Any) -> tuple[Vqa, Config]:
+    """Build the task with a frozen ResNet whose weights are in a file."""
+    raw = raw_config(folder)
+    model = {"width": 4, "stem_stride": 1, "weights": str(folder / "trunk.safetensors")}
+    with seeds.scope(0, "trunk"):
+        save_file(ResNet18Trunk(3, 4, 1, "group").state_dict(), folder / "trunk.safetensors")
+    raw["data"]["augment"] = "none"
+    raw["tasks"]["vqa"]["compact"]["freeze_trunk"] = True
+    config = parse({**raw, "model": model, **changes})
+    task = build.make_task(config, load_data(config))
+    assert isinstance(task, Vqa)
+    return task, config
+
+
+def test_a_frozen_trunk_sees_each_image_once_and_is_no_part_of_the_model(folder: Path) -> None:
+    task, config = frozen(folder)
+    trunk, _ = build_trunk(config.model, 3)
+    batch = first(task, "scan-0", "test")
+    with torch.no_grad():
+        expected = trunk.eval()((batch.image - 0.5) / 0.25)
+    torch.testing.assert_close(batch.side["seen"], expected)
+    model = make_model(task, config)
+    assert {name for name in model.state_dict() if name.startswith("backbone.")} == {
+        "backbone.project.weight",
+        "backbone.project.bias",
+    }
+    with torch.no_grad():
+        found = model.backbone(batch.inputs).tokens
+    torch.testing.assert_close(found, model.backbone.get_submodule("project")(expected))
+
+
+def test_images_of_several_questions_are_told_apart(folder: Path) -> None:
+    cohort = Cohort.read(folder / "scan")
+    twice = replace(cohort, rows=tuple(replace(row, image=cohort.rows[k // 2].image) for k, row in enumerate(cohort.rows)))
+    task, config = frozen(folder)
+    pixels = np.array(task._images["scan"].pixels)[np.arange(len(cohort.rows)) // 2]
+    task._images["scan"] = replace(task._images["scan"], pixels=pixels)
+    seen = task._look(twice)
+    assert len(seen.tensors["seen"]) == len(cohort.rows) // 2 and seen.place.tolist() == [k // 2 for k in range(len(cohort.rows))]
+    with torch.no_grad():
+        expected = task.network.see(torch.from_numpy(pixels[9:10]))["seen"][0]
+    torch.testing.assert_close(seen.side(torch.tensor([9]))["seen"][0], expected)
+    del config
+
+
+def test_a_frozen_trunk_needs_weights_and_images_that_stay(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.weights, which names none"):
+        frozen(folder, model={"width": 4})
+    with pytest.raises(ConfigError, match=r"set data.augment = 'none'"):
+        data = {"image_size": SIDE, "channels": 3, "cache": str(folder / "cache"), "augment": "flip_shift"}
+        frozen(folder, data=data)
 
 
 # ---------------------------------------------------------------------------------------------- LLaVA's fine-tuning
