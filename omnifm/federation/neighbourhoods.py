@@ -6,7 +6,7 @@
 
 a_i is the mean low-pass log-amplitude of client i's training images, a the mean over clients, c_j the mean of neighbourhood
 j's members, N_j the examples it has learned from so far. The server holds one accumulator per neighbourhood, at most
-`max_neighbourhoods`. A client alone in its neighbourhood gets the global mean. What leaves a client for this is one
+`max_neighbourhoods`. A client alone in its neighbourhood gets the global mean, unless `neighbourhood_alone` is `own`. What leaves a client for this is one
 averaged amplitude spectrum, once.
 """
 
@@ -38,6 +38,9 @@ class NeighbourhoodOptions(BaseModel):
     neighbourhood_temperature: float = Field(0.1, gt=0)
     neighbourhood_shrinkage: float = Field(
         64.0, ge=0, description="Examples at which a neighbourhood counts as much as the global mean."
+    )
+    neighbourhood_alone: Literal["global", "own"] = Field(
+        "global", description="A client without a peer gets the global mean, or its neighbourhood's like everybody else."
     )
     neighbourhood_band: int = Field(16, ge=2, description="Lowest frequencies of the spectra that are compared.")
 
@@ -101,7 +104,8 @@ class Neighbourhoods:
         assigned = server.meta["neighbourhoods"]
         j = assigned[client]
         examples = server.meta["neighbourhood_examples"][j]
-        if examples == 0 or list(assigned.values()).count(j) == 1:
+        alone = self._options.neighbourhood_alone == "global" and list(assigned.values()).count(j) == 1
+        if examples == 0 or alone:
             return server.shared
         alpha = examples / (examples + self._options.neighbourhood_shrinkage)
         own = {name: server.extra[f"neighbourhood/{j}/{name}"] for name in server.shared}

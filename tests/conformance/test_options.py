@@ -26,6 +26,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "neighbourhood_weights": (NEIGHBOURS, "hard"),
     "neighbourhood_temperature": (NEIGHBOURS, 5.0),
     "neighbourhood_shrinkage": (NEIGHBOURS, 0.0),
+    "neighbourhood_alone": ({**NEIGHBOURS, "neighbourhood_threshold": 0.999}, "own"),
     "neighbourhood_band": (NEIGHBOURS, 2),
     "mu": ({}, 1.0),
     "preset": ({}, "paper"),

@@ -68,6 +68,16 @@ def test_a_client_alone_in_its_neighbourhood_gets_the_global_mean(tmp_path: Path
         assert differing(given(lab, server, client), server.shared) == []
 
 
+def test_a_client_alone_may_keep_to_what_it_sent(tmp_path: Path) -> None:
+    hospitals = (*TWO[:3], Hospital("z", "MRI", 8))
+    options = {**HARD, "neighbourhood_threshold": 0.5, "neighbourhood_alone": "own", "neighbourhood_shrinkage": 0.0}
+    lab = make_lab(tmp_path, "fedavg", options, hospitals=hospitals, engine=Spy)
+    server = lab.run()
+    sent = next(r for r in reversed(spy(lab).trained()) if r.client == "z").tensors
+    assert differing(given(lab, server, "z"), dict(sent)) == []
+    assert differing(given(lab, server, "z"), server.shared) != []
+
+
 def test_the_order_of_the_clients_changes_no_bit(tmp_path: Path) -> None:
     labs = [
         make_lab(tmp_path / str(i), "fedavg", NEIGHBOURS, hospitals=order) for i, order in enumerate((TWO, (*TWO[1:], TWO[0])))
