@@ -3,9 +3,8 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from omnifm import seeds
 from omnifm.config import EngineConfig, OptimiserConfig
 from omnifm.errors import ConfigError, FederationError
 from omnifm.federation import sharing
+from omnifm.federation.effort import Effort, Phase
 from omnifm.federation.messages import Reply, Request
 from omnifm.federation.state import LocalJob
 from omnifm.federation.store import ClientStore
@@ -36,26 +36,6 @@ class LocalConfig:
     seed: int
     rounds: int
     augmented: bool
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long a client trains.
-
-    Attributes:
-        epochs: passes over its training examples.
-        budget: examples of each pass, drawn anew; None: all.
-        steps: optimiser steps, however many passes that takes; 0: as many as `epochs` passes have.
-    """
-
-    epochs: int
-    budget: int | None = None
-    steps: int = 0
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> "Effort":
-        """Read a training request's settings."""
-        return cls(int(settings["epochs"]), settings.get("budget"), int(settings.get("steps", 0)))
 
 
 def learning_rate(optimiser: OptimiserConfig, round_index: int, rounds: int) -> float:
@@ -148,12 +128,12 @@ class Site:
 
     def _train(self, request: Request) -> Reply:
         state = self._install(request)
-        job = self._job(request, state)
         config = self._config
+        job = self._job(request, state, learning_rate(config.optimiser, request.round, config.rounds))
         with seeds.scope(config.seed, "train", request.round, request.client):
+            self.task.begin_training(self.model, request.round)
             self.strategy.begin(job)
-            lr = learning_rate(config.optimiser, request.round, config.rounds)
-            losses = self._fit(job, lr, Effort.of(request.settings), with_strategy=True)
+            losses = self._fit(job, self.strategy.phases(job, Effort.of(request.settings)), with_strategy=True)
             upload = self.strategy.finish(job)
         self._save(request, job)
         tensors = sharing.read(self.model, self._of(request.client, self.sharing.shared))
@@ -173,11 +153,12 @@ class Site:
             state: dict[str, Tensor] = {}
         else:
             state = self._install(request)
-        job = self._job(request, state)
+        job = self._job(request, state, float(settings.get("finetune_lr") or 0.0), training=False)
         with seeds.scope(self._config.seed, "evaluate", request.round, request.client):
             self.strategy.begin(job)
             if settings.get("finetune_epochs"):
-                self._fit(job, float(settings["finetune_lr"]), Effort(int(settings["finetune_epochs"])), with_strategy=False)
+                self.task.begin_training(self.model, request.round)
+                self._fit(job, [Phase(Effort(int(settings["finetune_epochs"])))], with_strategy=False)
         states = self._score(request.client, job.data.split(settings["split"]), self._predict)
         _require_finite(states, request, "a prediction is not finite")
         return self._reply(request, len(job.data.train), extra=states)
@@ -210,7 +191,7 @@ class Site:
             _require_finite(private, request, "a private tensor is not finite after training (lower optimiser.lr?)")
             self._store.save(request.client, request.round, private, keep=request.settings.get("keep", ()))
 
-    def _job(self, request: Request, state: dict[str, Tensor]) -> LocalJob:
+    def _job(self, request: Request, state: dict[str, Tensor], lr: float = 0.0, *, training: bool = True) -> LocalJob:
         return LocalJob(
             client=request.client,
             round=request.round,
@@ -222,6 +203,8 @@ class Site:
             seed=self._config.seed,
             device=self._config.device,
             labels=None if request.client == POOLED else self.task.labels(request.client),
+            lr=lr,
+            training=training,
         )
 
     @staticmethod
@@ -246,7 +229,8 @@ class Site:
         return itertools.islice(itertools.chain.from_iterable(epochs), effort.steps)
 
     def _epoch(self, job: LocalJob, epoch: int, budget: int | None) -> Iterator[Batch]:
-        generator = seeds.generator(self._config.seed, "batches", job.round, job.client, epoch)
+        later = ("phase", job.phase) if job.phase else ()
+        generator = seeds.generator(self._config.seed, "batches", job.round, job.client, epoch, *later)
         order = torch.randperm(len(job.data.train), generator=generator)[:budget]
         for index in order.split(self._config.optimiser.batch_size):
             # BatchNorm cannot train on one example; skipping it is what FL-bench does.
@@ -254,20 +238,21 @@ class Site:
                 batch = job.data.train.batch(index)
                 yield self.task.augment(batch, generator) if self._config.augmented else batch
 
-    def _fit(self, job: LocalJob, lr: float, effort: Effort, *, with_strategy: bool) -> dict[str, float]:
+    def _fit(self, job: LocalJob, phases: Sequence[Phase], *, with_strategy: bool) -> dict[str, float]:
         """Train in place; return mean loss and penalty over the steps. Raises FederationError if a loss is not finite."""
         if not len(job.data.train):
             raise FederationError(f"client {job.client}: no training examples")
-        optimiser = build_optimiser(self.model, self._config.optimiser, lr)
         self.model.train()
         total = torch.zeros(2, device=self._config.device, dtype=torch.float64)
-        steps = 0
-        for batch in self._batches(job, effort):
-            total += self._step(job, batch, optimiser, with_strategy)
-            steps += 1
-        if not steps:
+        for job.phase, phase in enumerate(phases):
+            with phase.of(self.model):
+                optimiser = build_optimiser(self.model, self._config.optimiser, job.lr)
+                for batch in self._batches(job, phase.effort):
+                    total += self._step(job, batch, optimiser, with_strategy)
+                    job.steps += 1
+        if not job.steps:
             raise FederationError(f"client {job.client}: BatchNorm cannot train on batches of one (set model.norm = 'group')")
-        loss, penalty = (total / steps).tolist()
+        loss, penalty = (total / job.steps).tolist()
         if not math.isfinite(loss + penalty):
             raise FederationError(f"client {job.client}, round {job.round}: the loss is not finite (lower optimiser.lr?)")
         return {"loss": loss, "penalty": penalty}

@@ -77,6 +77,11 @@ class LocalJob:
         state: the strategy's private tensors of this client; what `finish` leaves here is kept.
         seed: root of all randomness.
         device: where the model is.
+        labels: of the training examples, where the task has some.
+        lr: learning rate of this round.
+        training: whether this is a round of training; False: an evaluation, perhaps after fine-tuning.
+        phase: number of the phase that is trained.
+        steps: optimiser steps taken so far, all phases together.
     """
 
     client: str
@@ -89,3 +94,7 @@ class LocalJob:
     seed: int
     device: torch.device
     labels: Tensor | None = None
+    lr: float = 0.0
+    training: bool = True
+    phase: int = 0
+    steps: int = 0

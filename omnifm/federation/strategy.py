@@ -4,7 +4,7 @@ A strategy object holds options and facts about the federation, never the state 
 `ServerState`, at a client in `LocalJob.state`, and both are in the checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from omnifm.errors import ConfigError
 from omnifm.federation.aggregation import RunningMean, step_towards
+from omnifm.federation.effort import Effort, Phase
 from omnifm.federation.messages import Reply
 from omnifm.federation.neighbourhoods import NeighbourhoodOptions, Neighbourhoods
 from omnifm.federation.state import Context, LocalJob, ServerState
@@ -82,6 +83,11 @@ class Strategy:
 
     def begin(self, job: LocalJob) -> None:
         """Prepare a client's model for training or evaluation."""
+
+    def phases(self, job: LocalJob, effort: Effort) -> Sequence[Phase]:
+        """Return how the round's local training is cut up; called after `begin`. By default one phase that trains everything."""
+        del job
+        return (Phase(effort),)
 
     def penalty(self, step: Step) -> Tensor | None:
         """Return a scalar to add to the task loss, or None."""

@@ -319,6 +319,10 @@ class Task(ABC):
     def picture(self, prediction: Tensor, batch: Batch, index: int) -> Picture:
         """Show example `index` of a batch with its prediction."""
 
+    def begin_training(self, model: Model, round_index: int) -> None:
+        """Freeze and thaw what the task trains in this round; called at the client before the strategy's `begin`."""
+        del model, round_index
+
     def predict(self, model: Model, batch: Batch) -> Tensor:
         """Return the predictions that are scored: the network's answer, or what a task makes of the network (generated text)."""
         prediction: Tensor = model(batch.inputs).prediction

@@ -239,11 +239,10 @@ class Mixed(Task):
     def holds(self, model: Model, client: str) -> frozenset[str]:
         """Return the names of the client's backbone, head and maps, and of everything outside backbone and head."""
         kind, task = self._task_of[client], self._of(client)
-        assert isinstance(model.backbone, MixedBackbone) and isinstance(model.head, MixedHead)
-        group = model.backbone.group[kind]
-        net, head = model.backbone.nets[group], model.head.heads[kind]
-        assert isinstance(net, Backbone) and isinstance(head, Head)
-        inner = task.holds(Model(net, head), client)
+        small = self._inner_model(model, kind)
+        assert isinstance(model.backbone, MixedBackbone)
+        group, net, head = model.backbone.group[kind], small.backbone, small.head
+        inner = task.holds(small, client)
         places = {"backbone": f"backbone.nets.{group}", "head": f"head.heads.{kind}"}
         own = {"backbone": net.state_dict(), "head": head.state_dict()}
         names = {f"{places[part]}.{n}" for part in own for n in own[part] if inner is None or f"{part}.{n}" in inner}
@@ -251,6 +250,19 @@ class Mixed(Task):
         state = model.state_dict()
         outside = {n for n in state if not n.startswith(("backbone.", "head."))}
         return frozenset(names | outside | {n for n in state if n.startswith(maps)})
+
+    def begin_training(self, model: Model, round_index: int) -> None:
+        """Let every task say what it trains in this round."""
+        for kind, task in self.tasks.items():
+            task.begin_training(self._inner_model(model, kind), round_index)
+
+    @staticmethod
+    def _inner_model(model: Model, kind: str) -> Model:
+        """Return backbone and head of one task, the parts themselves."""
+        assert isinstance(model.backbone, MixedBackbone) and isinstance(model.head, MixedHead)
+        net, head = model.backbone.nets[model.backbone.group[kind]], model.head.heads[kind]
+        assert isinstance(net, Backbone) and isinstance(head, Head)
+        return Model(net, head)
 
     def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Change a batch as its task does."""

@@ -19,6 +19,7 @@ from omnifm.config import Config, parse
 from omnifm.data.cohort import Cohort, Row
 from omnifm.data.readers import Image
 from omnifm.errors import ConfigError, DataError, FederationError
+from omnifm.federation.messages import Request
 from omnifm.federation.sharing import split_state
 from omnifm.metrics.vqa import decode_texts
 from omnifm.tasks import vqa_text
@@ -345,6 +346,24 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+def test_a_run_in_two_stages_moves_the_connector_then_lora(folder: Path, tmp_path: Path) -> None:
+    """The loop tells the task which round it is."""
+    raw = raw_config(folder, model="llava", llava={"tune": "F-2stage"})
+    raw["federation"]["rounds"] = 2
+    config = parse(raw)
+    shared: list[dict[str, torch.Tensor]] = []
+    data = load_data(config)
+    site = build.make_site(config, tmp_path / "clients", data)
+    state = site.initial_shared()
+    for round_index in range(2):
+        request = Request("train", round_index, data.plans[0].id, state, {}, {"epochs": 1})
+        shared.append(dict(site.handle(request).tensors))
+    moved = [
+        {"lora" if "lora_" in name else "connector" for name in new if not torch.equal(new[name], state[name])} for new in shared
+    ]
+    assert moved == [{"connector"}, {"lora"}]
 
 
 @pytest.mark.parametrize("strategy", ["omnifm", "fedper", "centralised"])
