@@ -167,6 +167,7 @@ def _resize(plane: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32
 
 
 def content_key(cohort: Cohort, size: int, channels: int, column: str, cache_dir: Path) -> str:
+    """Return a digest of a cohort's files in `column`, of the settings and of how this module scales."""
     digests = content_digests([cohort.path(i, column) for i in range(len(cohort.rows))], cohort.folder, cache_dir)
     settings = [CACHE_FORMAT, size, channels, cohort.spec.slice_axis, PERCENTILES, LUMINANCE, "bicubic"]
     return hashlib.sha256(json.dumps([settings, digests]).encode()).hexdigest()
@@ -276,6 +277,7 @@ def _open(base: Path) -> CachedImages | None:
 
 
 def sha256(path: Path) -> str:
+    """Return the digest of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

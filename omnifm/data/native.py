@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from omnifm.data.cache import LUMINANCE, PERCENTILES, appears_whole, content_digests, sha256
+from omnifm.data.cache import LUMINANCE, PERCENTILES, appears_whole, content_digests, sha256, to_planes
 from omnifm.data.cohort import Cohort
 from omnifm.data.readers import read_image
 from omnifm.errors import DataError
