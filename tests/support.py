@@ -102,6 +102,7 @@ class MemoryTask(Task):
     reads = frozenset({"classification"})
     primary = "accuracy"
     one_label_space = True
+    label_count = CLASSES
 
     def __init__(self, hospitals: Sequence[Hospital], norm: str = "group", data: Mapping[str, ClientData] | None = None) -> None:
         self._norm = norm
@@ -272,7 +273,8 @@ def make_strategy(config: Config, hospitals: Sequence[Hospital], task: Task) -> 
     found, options = build.strategy_options(config)
     infos = tuple(ClientInfo(h.id, h.modality, h.train) for h in hospitals)
     federation, buffers = config.federation, config.model.buffers
-    context = Context(infos, config.seed, federation.rounds, buffers, task.one_label_space, federation.weighting)
+    facts = (buffers, task.one_label_space, federation.weighting, task.label_count)
+    context = Context(infos, config.seed, federation.rounds, *facts)
     return found(options, context)
 
 

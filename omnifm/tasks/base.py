@@ -284,6 +284,8 @@ class Task(ABC):
     """Names of scores for which the worst client is the one with the largest value."""
     one_label_space: bool
     """Whether all cohorts have the same label space, so that one head can serve them."""
+    label_count: int = 0
+    """How many classes the numbers in `labels`, which are then also the targets of a batch, tell apart; 0 without such."""
     notes: tuple[str, ...] = ()
     """What a reader of the results has to know of how they were made; shown in the report."""
 
