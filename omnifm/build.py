@@ -32,6 +32,7 @@ STRATEGIES = {
     "fedprox": "omnifm.federation.strategies.fedprox:FedProx",
     "fedper": "omnifm.federation.strategies.fedper:FedPer",
     "gpfl": "omnifm.federation.strategies.gpfl:GPFL",
+    "harmofl": "omnifm.federation.strategies.harmofl:HarmoFL",
     "omnifm": "omnifm.federation.strategies.omnifm:OmniFM",
 }
 TASKS = {
