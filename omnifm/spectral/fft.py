@@ -98,7 +98,7 @@ def window_amplitude(image: Tensor, radius: int) -> Tensor:
     return amplitude[..., _window_rows(amplitude.shape[-2], radius), : radius + 1]
 
 
-def with_window(image: Tensor, amplitude: Tensor, share: float = 1.0) -> Tensor:
+def with_window(image: Tensor, amplitude: Tensor, share: float | Tensor = 1.0) -> Tensor:
     """Return the images with another amplitude in the low-frequency window, and the phase they have.
 
         F' = ((1 - share) |F| + share * amplitude) exp(i arg F)  in the window,  F' = F  outside
@@ -108,7 +108,7 @@ def with_window(image: Tensor, amplitude: Tensor, share: float = 1.0) -> Tensor:
     Args:
         image: (n, c, h, w), real.
         amplitude: as from `window_amplitude`, for each image or one for all of them.
-        share: 1 replaces, less interpolates.
+        share: 1 replaces, less interpolates; a number, or (n, 1, 1, 1).
 
     Returns:
         (n, c, h, w) float32, not clipped, in the memory format of `image`.
@@ -118,7 +118,8 @@ def with_window(image: Tensor, amplitude: Tensor, share: float = 1.0) -> Tensor:
         spectrum = torch.fft.rfft2(image.float(), norm="ortho")
         rows = _window_rows(image.shape[-2], radius)
         window = spectrum[..., rows, : radius + 1]
-        mixed = torch.lerp(window.abs(), amplitude.expand_as(window), share)
+        own = window.abs()
+        mixed = own + share * (amplitude - own) if isinstance(share, Tensor) or share != 1.0 else amplitude.expand_as(own)
         spectrum[..., rows, : radius + 1] = torch.polar(mixed, window.angle())
         changed = torch.fft.irfft2(spectrum, s=image.shape[-2:], norm="ortho")
         return torch.empty_like(image, dtype=torch.float32).copy_(changed)
