@@ -31,6 +31,7 @@ STRATEGIES = {
     "fedavg": "omnifm.federation.strategies.fedavg:FedAvg",
     "fedprox": "omnifm.federation.strategies.fedprox:FedProx",
     "fedper": "omnifm.federation.strategies.fedper:FedPer",
+    "adcol": "omnifm.federation.strategies.adcol:ADCOL",
     "feddg": "omnifm.federation.strategies.feddg:FedDG",
     "gpfl": "omnifm.federation.strategies.gpfl:GPFL",
     "harmofl": "omnifm.federation.strategies.harmofl:HarmoFL",
