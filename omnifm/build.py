@@ -35,6 +35,7 @@ STRATEGIES = {
     "feddg": "omnifm.federation.strategies.feddg:FedDG",
     "gpfl": "omnifm.federation.strategies.gpfl:GPFL",
     "harmofl": "omnifm.federation.strategies.harmofl:HarmoFL",
+    "lora": "omnifm.federation.strategies.lora:LoRA",
     "omnifm": "omnifm.federation.strategies.omnifm:OmniFM",
 }
 TASKS = {
