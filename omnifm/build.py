@@ -32,6 +32,7 @@ STRATEGIES = {
     "fedprox": "omnifm.federation.strategies.fedprox:FedProx",
     "fedper": "omnifm.federation.strategies.fedper:FedPer",
     "adcol": "omnifm.federation.strategies.adcol:ADCOL",
+    "feddat": "omnifm.federation.strategies.feddat:FedDAT",
     "feddg": "omnifm.federation.strategies.feddg:FedDG",
     "gpfl": "omnifm.federation.strategies.gpfl:GPFL",
     "harmofl": "omnifm.federation.strategies.harmofl:HarmoFL",

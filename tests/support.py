@@ -36,6 +36,7 @@ STRIPES = {"CT": (1.0, 0.0), "MRI": (0.0, 2.0), "US": (3.0, 3.0)}
 # Sizes for 16-pixel images and 8-dimensional tokens; every other option is the default.
 TINY = {
     "omnifm": {"band": 8, "width": 4, "dim": 8, "head_dim": 4, "heads": 2, "top_k": 3, "bank": {"capacity": 8, "prototypes": 3}},
+    "feddat": {"reduction": 2},
 }
 NEIGHBOURS = {"aggregation": "neighbours"}
 

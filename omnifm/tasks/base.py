@@ -135,6 +135,11 @@ class Backbone(nn.Module):
         """Return the tokens of the images."""
         raise NotImplementedError
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Its transformer blocks, first to last, each from `(b, n, d)` to the same shape. By default there are none."""
+        return ()
+
 
 class Reading(NamedTuple):
     """What a head reads.

@@ -47,6 +47,8 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "rank": ({}, 2),
     "alpha": ({}, 32.0),
     "average": ({}, "exact"),
+    "reduction": ({}, 4),
+    "temperature": ({}, 1.0),
     "head": ({}, "shared"),
     "private_block": ({}, False),
     "private_norms": ({}, True),
