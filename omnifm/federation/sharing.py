@@ -117,8 +117,7 @@ def write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def still_statistics(model: nn.Module) -> Iterator[None]:
     """Keep BatchNorm's running statistics as they are; in training it still normalises with those of the batch."""
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    # In evaluation mode a layer that tracks nothing would normalise with the batch.
-    moving = [m for m in norms if m.track_running_stats and m.training]
+    moving = [m for m in norms if m.track_running_stats]
     for module in moving:
         module.track_running_stats = False
     try:

@@ -5,13 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from omnifm.build import strategy_options
+from omnifm.backbones.build import build_trunk
+from omnifm.build import make_site, strategy_options
+from omnifm.config import parse
 from omnifm.errors import ConfigError
 from omnifm.federation.messages import Reply
 from omnifm.federation.strategies.lora import LowRank, refactorised
+from tests.run.jobs import data_folder, raw_config
 from tests.support import HOSPITALS, NEIGHBOURS, Altered, Lab, Spy, differing, make_config, make_lab, spy
 
 LAYER = "backbone.conv.parametrizations.weight."
@@ -186,3 +190,19 @@ def test_a_backbone_without_layers_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("omnifm.federation.strategies.lora._LAYERS", (nn.Conv3d,))
     with pytest.raises(ConfigError, match="neither linear layers nor convolutions"):
         make_lab(tmp_path, "lora")
+
+
+def test_the_base_may_come_from_a_file(tmp_path: Path) -> None:
+    """The weights that `model.weights` names are what is changed."""
+    raw = raw_config(data_folder(tmp_path), "lora")
+    given = build_trunk(parse(raw).model, 1)[0].state_dict()
+    given = {n: torch.randn(t.shape) if t.is_floating_point() else t for n, t in given.items()}
+    save_file(given, tmp_path / "trunk.safetensors")
+    raw["model"]["weights"] = str(tmp_path / "trunk.safetensors")
+    site = make_site(parse(raw), tmp_path / "clients")
+    state = site.model.state_dict()
+    prefix = "backbone.trunk."
+    found = {n.removeprefix(prefix).replace(".parametrizations.weight.original", ".weight"): t for n, t in state.items()}
+    assert differing(given, {n: found[n] for n in given}) == []
+    moving = ("running_mean", "running_var", "num_batches_tracked", ".0.down", ".0.up")
+    assert all(n.endswith(moving) for n in site.initial_shared() if n.startswith(prefix))
