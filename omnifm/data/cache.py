@@ -97,7 +97,7 @@ def load_images(
         raise DataError(f"cannot cache column '{column}' with {channels} channels at {size} pixels")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        key = _key(cohort, size, channels, column, cache_dir)
+        key = content_key(cohort, size, channels, column, cache_dir)
         base = cache_dir / f"{cohort.name}-{key[:32]}"
         found = _open(base)
         if found is None:
@@ -166,20 +166,21 @@ def _resize(plane: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32
     return np.clip(np.asarray(source.resize((size, size), Pillow.Resampling.BICUBIC), dtype=np.float32), 0.0, 1.0)
 
 
-def _key(cohort: Cohort, size: int, channels: int, column: str, cache_dir: Path) -> str:
-    digests = _content_digests([cohort.path(i, column) for i in range(len(cohort.rows))], cohort.folder, cache_dir)
+def content_key(cohort: Cohort, size: int, channels: int, column: str, cache_dir: Path) -> str:
+    """Return a digest of a cohort's files in `column`, of the settings and of how this module scales."""
+    digests = content_digests([cohort.path(i, column) for i in range(len(cohort.rows))], cohort.folder, cache_dir)
     settings = [CACHE_FORMAT, size, channels, cohort.spec.slice_axis, PERCENTILES, LUMINANCE, "bicubic"]
     return hashlib.sha256(json.dumps([settings, digests]).encode()).hexdigest()
 
 
-def _content_digests(paths: Sequence[Path], folder: Path, cache_dir: Path) -> list[str]:
+def content_digests(paths: Sequence[Path], folder: Path, cache_dir: Path) -> list[str]:
     """Return the SHA-256 of each image's bytes; a file whose size and time are those of the last look is not read again."""
     memo_file = cache_dir / f"seen-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
     memo = _read_memo(memo_file)
     seen = dict(memo)
     digests = [_digest(path, seen) for path in paths]
     if seen != memo:
-        with _appears_whole(memo_file) as stream:
+        with appears_whole(memo_file) as stream:
             stream.write(json.dumps(seen).encode())
     return digests
 
@@ -205,7 +206,7 @@ def _digest(path: Path, seen: dict[str, list[Any]]) -> str:
         known = seen.get(str(path))
         if known is not None and known[:2] == [stat.st_size, stat.st_mtime_ns]:
             return str(known[2])
-        digest = _sha256(path)
+        digest = sha256(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     # The suffix chooses the reader, so it is part of what the bytes mean.
@@ -215,7 +216,7 @@ def _digest(path: Path, seen: dict[str, list[Any]]) -> str:
 
 def _build(cohort: Cohort, size: int, channels: int, column: str, base: Path, progress: Progress | None) -> None:
     counts: list[int] = []
-    with _appears_whole(_pixel_file(base)) as stream:
+    with appears_whole(_pixel_file(base)) as stream:
         _write_header(stream, (0, channels, size, size))
         for slices in _decoded(cohort, size, channels, column):
             stream.write(np.ascontiguousarray(slices, dtype="<f4").tobytes())
@@ -229,9 +230,9 @@ def _build(cohort: Cohort, size: int, channels: int, column: str, base: Path, pr
         if end - stream.tell() != 4 * sum(counts) * channels * size * size:
             raise DataError(f"cache {base}.npy: header and pixels do not fit")
     stat = _pixel_file(base).stat()
-    digest = _sha256(_pixel_file(base))
+    digest = sha256(_pixel_file(base))
     record = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest, "slices_per_row": counts}
-    with _appears_whole(_record_file(base)) as stream:
+    with appears_whole(_record_file(base)) as stream:
         stream.write(json.dumps(record).encode())
 
 
@@ -263,7 +264,7 @@ def _open(base: Path) -> CachedImages | None:
         if stat.st_size != record["size"]:
             raise ValueError("size differs")
         # Another time stamp: copied, rebuilt by another process, or tampered with. The content decides.
-        if stat.st_mtime_ns != record["mtime_ns"] and _sha256(path) != record["sha256"]:
+        if stat.st_mtime_ns != record["mtime_ns"] and sha256(path) != record["sha256"]:
             raise ValueError("content differs")
         pixels = np.lib.format.open_memmap(path, mode="r").view(PixelMap)
         slice_row = np.repeat(np.arange(len(record["slices_per_row"])), record["slices_per_row"]).astype(np.int64)
@@ -275,7 +276,8 @@ def _open(base: Path) -> CachedImages | None:
     return CachedImages(pixels, slice_row)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the digest of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -289,7 +291,7 @@ def _record_file(base: Path) -> Path:
 
 
 @contextmanager
-def _appears_whole(path: Path) -> Iterator[IO[bytes]]:
+def appears_whole(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that appears under `path` only once it is written to the end; on an error nothing is left."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", mode="w+b", delete=False) as stream:
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from omnifm.data.cache import _appears_whole, _key
+from omnifm.data.cache import appears_whole, content_key
 from omnifm.data.cohort import Cohort
 from omnifm.data.readers import read_image, read_mask
 from omnifm.errors import DataError
@@ -52,7 +52,7 @@ def load_masks(cohort: Cohort, size: int, cache_dir: Path, column: str = "mask")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         settings = json.dumps([_FORMAT, cohort.spec.mask_kind, column])
-        parts = [settings, *(_key(cohort, size, 1, name, cache_dir) for name in ("image", column))]
+        parts = [settings, *(content_key(cohort, size, 1, name, cache_dir) for name in ("image", column))]
         base = cache_dir / f"{cohort.name}-mask-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
         record, pixels = base.with_name(f"{base.name}.json"), base.with_name(f"{base.name}.npy")
         if not record.exists() or not pixels.exists():
@@ -67,10 +67,10 @@ def load_masks(cohort: Cohort, size: int, cache_dir: Path, column: str = "mask")
 
 def _build(cohort: Cohort, size: int, column: str, record: Path, pixels: Path) -> None:
     found = [_row(cohort, index, size, column) for index in range(len(cohort.rows))]
-    with _appears_whole(pixels) as stream:
+    with appears_whole(pixels) as stream:
         np.save(stream, np.concatenate([slices for slices, _ in found]), allow_pickle=False)
     facts = {"slices_per_row": [len(slices) for slices, _ in found], "spacing": [spacing for _, spacing in found]}
-    with _appears_whole(record) as stream:
+    with appears_whole(record) as stream:
         stream.write(json.dumps(facts).encode())
 
 

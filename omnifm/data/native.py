@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from omnifm.data.cache import LUMINANCE, PERCENTILES, _appears_whole, _content_digests, _sha256, unit_range
+from omnifm.data.cache import LUMINANCE, PERCENTILES, appears_whole, content_digests, sha256, to_planes
 from omnifm.data.cohort import Cohort
 from omnifm.data.readers import read_image
 from omnifm.errors import DataError
@@ -80,7 +80,7 @@ def load_native(cohort: Cohort, channels: int, cache_dir: Path) -> NativeImages:
     """
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        digests = _content_digests([cohort.path(i) for i in range(len(cohort.rows))], cohort.folder, cache_dir)
+        digests = content_digests([cohort.path(i) for i in range(len(cohort.rows))], cohort.folder, cache_dir)
         settings = [_FORMAT, "native", channels, cohort.spec.slice_axis, PERCENTILES, LUMINANCE]
         key = hashlib.sha256(json.dumps([settings, digests]).encode()).hexdigest()
         base = cache_dir / f"{cohort.name}-native-{key[:32]}"
@@ -99,18 +99,10 @@ def _planes(cohort: Cohort, index: int, channels: int) -> tuple[npt.NDArray[np.f
     """Return the slices of row `index`, `(n, channels, h, w)` in [0, 1], and whether bytes hold them without loss."""
     try:
         image = read_image(cohort.path(index))
-        array = unit_range(image)
-        mixed = array.shape[0] == 3 and channels == 1
-        if mixed:
-            array = np.tensordot(np.array(LUMINANCE, dtype=np.float32), array, axes=1)[None]
-        if array.ndim == 4:
-            if cohort.spec.slice_axis is None:
-                raise DataError("is a volume, and cohort.toml has no slice_axis to cut it along")
-            planes = np.moveaxis(array, cohort.spec.slice_axis + 1, 0)
-        else:
-            planes = array[None]
+        planes = to_planes(image, channels, cohort.spec.slice_axis)
     except DataError as error:
         raise DataError(f"cohort {cohort.name}: row '{cohort.rows[index].id}': image {error}") from error
+    mixed = image.array.shape[0] == 3 and channels == 1
     return np.repeat(planes, channels // planes.shape[1], axis=1), image.bits == 8 and not mixed
 
 
@@ -144,7 +136,7 @@ def _decoded(cohort: Cohort, channels: int) -> Iterator[tuple[npt.NDArray[np.flo
 def _build(cohort: Cohort, channels: int, base: Path) -> None:
     plan = _layout(cohort, channels)
     shape = (sum(plan.slices_per_row), channels, plan.height, plan.width)
-    with _appears_whole(_file(base, "npy")) as stream:
+    with appears_whole(_file(base, "npy")) as stream:
         kind = "|u1" if plan.bytes_do else "<f4"
         np.lib.format.write_array_header_1_0(stream, {"descr": kind, "fortran_order": False, "shape": shape})
         for planes, _ in _decoded(cohort, channels):
@@ -155,11 +147,11 @@ def _build(cohort: Cohort, channels: int, base: Path) -> None:
     record = {
         "size": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
-        "sha256": _sha256(_file(base, "npy")),
+        "sha256": sha256(_file(base, "npy")),
         "slices_per_row": plan.slices_per_row,
         "cropped": plan.cropped,
     }
-    with _appears_whole(_file(base, "json")) as stream:
+    with appears_whole(_file(base, "json")) as stream:
         stream.write(json.dumps(record).encode())
 
 
@@ -173,7 +165,7 @@ def _open(base: Path) -> NativeImages | None:
         if stat.st_size != record["size"]:
             raise ValueError("size differs")
         # Another time stamp: copied, rebuilt by another process, or tampered with. The content decides.
-        if stat.st_mtime_ns != record["mtime_ns"] and _sha256(_file(base, "npy")) != record["sha256"]:
+        if stat.st_mtime_ns != record["mtime_ns"] and sha256(_file(base, "npy")) != record["sha256"]:
             raise ValueError("content differs")
         pixels = np.lib.format.open_memmap(_file(base, "npy"), mode="r")
         slice_row = np.repeat(np.arange(len(record["slices_per_row"])), record["slices_per_row"]).astype(np.int64)

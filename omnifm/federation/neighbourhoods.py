@@ -6,8 +6,9 @@
 
 a_i is the mean low-pass log-amplitude of client i's training images, a the mean over clients, c_j the mean of neighbourhood
 j's members, N_j the examples it has learned from so far. The server holds one accumulator per neighbourhood, at most
-`max_neighbourhoods`. A client alone in its neighbourhood gets the global mean, unless `neighbourhood_alone`
-is `own`. What leaves a client for this is one averaged amplitude spectrum, once.
+`max_neighbourhoods`. A client alone in its neighbourhood gets the global mean; with `neighbourhood_alone = "own"` it keeps
+its own backbone, and the spectral path (`Model.path`) is the global mean. What leaves a client for this is one averaged
+amplitude spectrum, once.
 """
 
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from omnifm.federation.state import Context, LocalJob, ServerState
 from omnifm.spectral.signature import client_signature, cluster
 
 _BATCH = 64
+PATH = "path."
+"""What the tensors of `Model.path` begin with."""
 
 
 class NeighbourhoodOptions(BaseModel):
@@ -40,7 +43,8 @@ class NeighbourhoodOptions(BaseModel):
         64.0, ge=0, description="Examples at which a neighbourhood counts as much as the global mean."
     )
     neighbourhood_alone: Literal["global", "own"] = Field(
-        "global", description="A client without a peer gets the global mean, or its neighbourhood's like everybody else."
+        "global",
+        description="A client without a peer gets the global mean; or keeps to its own, and the spectral path alone is global.",
     )
     neighbourhood_band: int = Field(16, ge=2, description="Lowest frequencies of the spectra that are compared.")
 
@@ -104,11 +108,14 @@ class Neighbourhoods:
         assigned = server.meta["neighbourhoods"]
         j = assigned[client]
         examples = server.meta["neighbourhood_examples"][j]
-        alone = self._options.neighbourhood_alone == "global" and list(assigned.values()).count(j) == 1
-        if examples == 0 or alone:
+        alone = list(assigned.values()).count(j) == 1
+        if examples == 0 or (alone and self._options.neighbourhood_alone == "global"):
             return server.shared
         alpha = examples / (examples + self._options.neighbourhood_shrinkage)
         own = {name: server.extra[f"neighbourhood/{j}/{name}"] for name in server.shared}
+        if alone:
+            # What reads spectra is what unlike modalities have in common; without it, the client would be on its own.
+            own |= {name: tensor for name, tensor in server.shared.items() if name.startswith(PATH)}
         return {n: torch.lerp(server.shared[n], t, alpha) if t.is_floating_point() else t for n, t in own.items()}
 
     def begin_round(self) -> None:

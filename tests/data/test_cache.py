@@ -132,7 +132,7 @@ def test_a_second_start_decodes_and_reads_nothing(tmp_path: Path, monkeypatch: p
         raise AssertionError(f"{path} read again")
 
     monkeypatch.setattr(cache, "read_image", forbidden)
-    monkeypatch.setattr(cache, "_sha256", forbidden)
+    monkeypatch.setattr(cache, "sha256", forbidden)
     np.testing.assert_array_equal(load_images(cohort, 8, 1, tmp_path / "k").pixels, first.pixels)
 
 

@@ -78,6 +78,20 @@ def test_a_client_alone_may_keep_to_what_it_sent(tmp_path: Path) -> None:
     assert differing(given(lab, server, "z"), server.shared) != []
 
 
+def test_a_client_alone_shares_the_spectral_path(tmp_path: Path) -> None:
+    hospitals = (*TWO[:3], Hospital("z", "MRI", 8))
+    options = {"neighbourhood_weights": "hard", "neighbourhood_band": 4, "neighbourhood_shrinkage": 0.0}
+    options |= {"neighbourhood_alone": "own", "band": 4, "patch": 2, "dim": 8}
+    lab = make_lab(tmp_path, "omnifm", options, hospitals=hospitals, engine=Spy)
+    server = lab.run()
+    sent = next(r for r in reversed(spy(lab).trained()) if r.client == "z").tensors
+    got = given(lab, server, "z")
+    path = {n for n in got if n.startswith("path.")}
+    assert path and differing({n: got[n] for n in path}, {n: server.shared[n] for n in path}) == []
+    assert differing({n: got[n] for n in got.keys() - path}, {n: sent[n] for n in got.keys() - path}) == []
+    assert differing({n: got[n] for n in path}, {n: sent[n] for n in path})
+
+
 def test_the_order_of_the_clients_changes_no_bit(tmp_path: Path) -> None:
     labs = [
         make_lab(tmp_path / str(i), "fedavg", NEIGHBOURS, hospitals=order) for i, order in enumerate((TWO, (*TWO[1:], TWO[0])))
