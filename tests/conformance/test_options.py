@@ -35,7 +35,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "log_mean": ({}, True),
     "perturbation": ({}, 0.5),
     "interpolate": ({}, True),
-    "donors": ({}, 1),
+    "styles": ({}, 2),
     "bank_share": ({}, 1.0),
     "inner_lr": ({}, 0.1),
     "inner_clip": ({"inner_lr": 0.1}, 1e-3),
@@ -91,7 +91,14 @@ def fields(options: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-CASES = [(s, option) for s in sorted(STRATEGIES) for option in fields(lookup(STRATEGIES, "strategy", s).Options)]
+# All that FedDAT shares is in the path, which is global for a client without a peer whatever is set.
+NOTHING_TO_KEEP = {("feddat", "neighbourhood_alone")}
+CASES = [
+    (s, option)
+    for s in sorted(STRATEGIES)
+    for option in fields(lookup(STRATEGIES, "strategy", s).Options)
+    if (s, option) not in NOTHING_TO_KEEP
+]
 
 
 @cache

@@ -14,8 +14,8 @@ from omnifm.federation.messages import Reply
 from omnifm.federation.strategies import feddg
 from omnifm.federation.strategies.feddg import boundary_loss
 from omnifm.spectral.fft import window_amplitude, with_window
-from omnifm.tasks.base import Batch, Inputs
-from tests.support import HOSPITALS, SIZE, Altered, Lab, Spy, differing, make_lab, spy
+from omnifm.tasks.base import Batch, ClientData, Inputs
+from tests.support import HOSPITALS, SIZE, Altered, Lab, MemorySplit, Spy, differing, make_lab, spy
 
 SHAPE = f"feddg/amplitude/1x{SIZE}x{SIZE}"
 
@@ -27,8 +27,8 @@ def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_without_donors_it_is_fedavg_bit_for_bit(norm: str, tmp_path: Path) -> None:
-    ours, plain = make_lab(tmp_path / "1", "feddg", {"donors": 0}, model__norm=norm), make_lab(tmp_path / "2", model__norm=norm)
+def test_without_styles_it_is_fedavg_bit_for_bit(norm: str, tmp_path: Path) -> None:
+    ours, plain = make_lab(tmp_path / "1", "feddg", {"styles": 0}, model__norm=norm), make_lab(tmp_path / "2", model__norm=norm)
     assert differing(ours.snapshot(ours.run()), plain.snapshot(plain.run())) == []
 
 
@@ -73,32 +73,44 @@ class Passes:
 
 
 def test_the_outer_images_have_others_amplitudes_and_their_own_phase(tmp_path: Path) -> None:
-    lab = make_lab(tmp_path, "feddg", {"window": 0.07, "bank_share": 0.5}, schedule=[["b"]], federation__rounds=1)
+    options = {"window": 0.07, "bank_share": 0.5, "styles": 2}
+    grey = {h.id: in_the_middle(make_lab(tmp_path / "0").task.client_data(h.id)) for h in HOSPITALS}
+    lab = make_lab(tmp_path / "1", "feddg", options, data=grey, schedule=[["c"]], federation__rounds=1)
     passes = Passes(lab)
     bank = lab.run().extra
-    assert len(passes.images) == 3 * 2  # two batches, each seen three times
-    donors = set()
-    for i in (0, 3):
+    assert len(passes.images) == 3 * 3  # three batches, each seen three times
+    donors: list[str] = []
+    for i in (0, 3, 6):
         x = passes.images[i]
         for styled in passes.images[i + 1 : i + 3]:
             window = window_amplitude(styled, 1)
             torch.testing.assert_close(with_window(styled, window_amplitude(x, 1)), x, atol=1e-5, rtol=0)
-            fits = {
-                name
-                for name, known in bank.items()
-                if all(bool(((known - one).abs().amax(dim=(1, 2, 3)) < 1e-4).any()) for one in window)
-            }
-            assert len(fits) == 1 and f"{SHAPE}/b" not in fits
-            donors |= fits
+            for one in window:
+                fits = [name for name, known in bank.items() if bool(((known - one).abs().amax(dim=(1, 2, 3)) < 1e-4).any())]
+                assert len(fits) == 1
+                donors += fits
         assert not torch.equal(passes.images[i + 1], passes.images[i + 2])
-    assert len(donors) >= 2
+    assert set(donors) == {f"{SHAPE}/{client}" for client in "abd"}, "every image has a donor of its own"
+
+
+def in_the_middle(data: ClientData) -> ClientData:
+    """Images of little contrast, so that no amplitude takes them out of [0, 1]."""
+    return ClientData(*(MemorySplit(0.5 + 0.2 * (s.images - 0.5), s.labels) for s in vars(data).values()))
+
+
+def test_the_outer_images_are_clipped_to_the_range_of_images(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, "feddg", {"window": 0.2}, schedule=[["c"]], federation__rounds=1)
+    passes = Passes(lab)
+    lab.run()
+    outer = torch.cat(passes.images[1::2])
+    assert float(outer.min()) == 0 and float(outer.max()) == 1
 
 
 @pytest.mark.parametrize("clip", [100.0, 1e-2])
 def test_a_step_agrees_with_one_written_by_hand(clip: float, tmp_path: Path) -> None:
     """Inner gradient at theta, outer gradient at theta', both applied at theta; the outer images are those that were seen."""
     changes: dict[str, Any] = {"optimiser__batch_size": 99, "optimiser__momentum": 0.0, "federation__rounds": 1}
-    options = {"window": 0.2, "inner_lr": 0.5, "inner_clip": clip}
+    options = {"window": 0.2, "inner_lr": 0.5, "inner_clip": clip, "styles": 2}
     lab = make_lab(tmp_path / "1", "feddg", options, schedule=[["c"]], **changes)
     passes = Passes(lab)
     server = lab.run()
@@ -125,7 +137,7 @@ def test_a_step_agrees_with_one_written_by_hand(clip: float, tmp_path: Path) -> 
 
 
 def test_interpolation_lies_between_both_amplitudes(tmp_path: Path) -> None:
-    options = {"interpolate": True, "bank_share": 0.01, "donors": 1}
+    options = {"interpolate": True, "bank_share": 0.01}
     lab = make_lab(tmp_path, "feddg", options, hospitals=HOSPITALS[:2], schedule=[["a"]], federation__rounds=1)
     passes = Passes(lab)
     given = lab.run().extra[f"{SHAPE}/b"]
@@ -181,26 +193,26 @@ def masked(target: Tensor) -> Batch:
 
 def slow_boundary(tokens: Tensor, others: Tensor, masks: Tensor) -> float:
     """Pixel by pixel and pair by pair."""
-    named: list[tuple[str, bool, Tensor]] = []
-    for free, field in ((True, others), (False, tokens)):
+    named: list[tuple[str, Tensor]] = []
+    for field in (tokens, others):
         for i, mask in enumerate(masks):
             weights = {kind: torch.zeros(16) for kind in ("contour", "background")}
             for y in range(16):
                 for x in range(16):
-                    near = mask[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2] > 0
-                    kind = "contour" if near.any() and not near.all() else "background" if not near.any() else ""
-                    if kind:
-                        weights[kind][4 * (y // 4) + x // 4] += 1
+                    near, wide = (mask[max(0, y - r) : y + r + 1, max(0, x - r) : x + r + 1] > 0 for r in (1, 5))
+                    cell = 4 * (y // 4) + x // 4
+                    weights["contour"][cell] += bool(mask[y, x] > 0 and not near.all())
+                    weights["background"][cell] += bool(mask[y, x] == 0 and wide.any())
             for kind, weight in weights.items():
                 mean = (weight[:, None] * field[i]).sum(0) / weight.sum()
-                named.append((kind, free, mean / mean.norm()))
+                named.append((kind, mean / mean.norm()))
     terms = []
-    for i, (kind, free, z) in enumerate(named):
-        if free:
-            rest = [(k, float((z @ other / 0.05).exp())) for j, (k, _, other) in enumerate(named) if j != i]
-            total = sum(e for _, e in rest)
-            alike = [-math.log(e / total) for k, e in rest if k == kind]
-            terms.append(sum(alike) / len(alike))
+    for i, (kind, z) in enumerate(named):
+        unlike = sum(float((z @ other / 0.05).exp()) for k, other in named if k != kind)
+        for j, (k, other) in enumerate(named):
+            if k == kind and j != i:
+                alike = float((z @ other / 0.05).exp())
+                terms.append(-math.log(alike / (alike + unlike)))
     return sum(terms) / len(terms)
 
 

@@ -4,14 +4,17 @@
     theta' = theta - a clip(grad L(x; theta)),   grad <- grad L(x; theta) + grad [ L(x'; theta') + w L_boundary ]
 
 Liu et al., "FedDG: Federated domain generalization on medical image segmentation via episodic learning in continuous frequency
-space", CVPR 2021, and the authors' code (ELCFS). x' is made with `donors` = 2 other clients, the outer losses are their mean.
-L = 0 and s = 1 as in the published training code, where only the mean brightness travels; its demonstration has L = .003 and s
-between 0 and 1 (`interpolate`: s uniform for each image). 1/8 of a client's images are in the bank. a = .001, clip to
-100, w = .1. The gradient at theta' is first order, as in the code: theta' - theta is a constant.
+space", CVPR 2021, and the authors' code (ELCFS). Every image of a batch takes the amplitude of a random image of a random other
+client, and is clipped to [0, 1]. The published loader makes two such copies of an image, the published training uses one of them
+(`styles` = 1; with more, the outer losses are averaged). L = 0 and s = 1 as in that loader, so that only the mean brightness
+travels; the published demonstration has L = .003 and s between 0 and 1 (`interpolate`: uniform for each image). 1/8 of a client's
+images are in the bank. a = .001, elements of the gradient clipped to 100, w = .1. The gradient at theta' is first order, as in
+the code: theta' - theta is a constant.
 
 L_boundary exists for segmentation alone, where targets are masks; for all other tasks the outer loss is the task's. It is NT-Xent
-with temperature .05 between the mean features of contours and of what is background, of x and of x'. Adaptations: features are
-the bottleneck's tokens, and those of x are constants.
+with temperature .05 on the mean features of contours (the foreground's outermost pixels) and of the 5 pixels of background round
+them, of x and of x'. Adaptations: features are the bottleneck's tokens instead of the decoder's last map, those of x are
+constants, and all foreground classes are one.
 
 traffic  a bank of windows: C (2b + 1) (b + 1) numbers for 1/8 of a client's images once, and all others' with every request
 state    the bank at the server
@@ -21,7 +24,7 @@ What is changed is `Batch.image`: super-resolution's patches and what a frozen t
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -39,7 +42,7 @@ from omnifm.spectral.fft import window_amplitude, window_radius, with_window
 from omnifm.tasks.base import Batch, Model
 
 _AMPLITUDE = "feddg/amplitude/"
-_BOUNDARY, _TEMPERATURE = 0.1, 0.05
+_BOUNDARY, _TEMPERATURE, _RING = 0.1, 0.05, 5
 
 
 class FedDGOptions(StrategyOptions):
@@ -47,7 +50,7 @@ class FedDGOptions(StrategyOptions):
 
     window: float = Field(0.0, ge=0, lt=0.5, description="L: radius of the window as a share of the image's side; 0: brightness.")
     interpolate: bool = Field(False, description="Mix both amplitudes, by a random share, instead of replacing.")
-    donors: int = Field(2, ge=0, description="Other clients whose amplitudes a batch gets; 0: plain FedAvg.")
+    styles: int = Field(1, ge=0, description="Copies of a batch in the style of others; 0: plain FedAvg.")
     bank_share: float = Field(0.125, gt=0, le=1, description="Part of a client's training images whose amplitudes it gives away.")
     inner_lr: float = Field(1e-3, ge=0, description="a: length of the step ahead.")
     inner_clip: float = Field(100.0, gt=0, description="Largest absolute value of a gradient's element in the step ahead.")
@@ -67,12 +70,12 @@ class FedDG(Strategy):
     @property
     def needs_description(self) -> bool:
         """The bank is filled before the first round."""
-        return super().needs_description or self.options.donors > 0
+        return super().needs_description or self.options.styles > 0
 
     def describe(self, job: LocalJob) -> Mapping[str, Tensor]:
         """Amplitudes of a random part of the training images; the name says the images' shape, which sets the scale."""
         found = dict(super().describe(job))
-        if self.options.donors:
+        if self.options.styles:
             total = len(job.data.train)
             generator = seeds.generator(job.seed, "feddg", "bank", job.client)
             index = torch.randperm(total, generator=generator)[: math.ceil(self.options.bank_share * total)]
@@ -83,7 +86,7 @@ class FedDG(Strategy):
     def described(self, server: ServerState, replies: Mapping[str, Reply]) -> None:
         """Keep every client's amplitudes."""
         super().described(server, replies)
-        for client in sorted(info.id for info in self.context.clients) if self.options.donors else ():
+        for client in sorted(info.id for info in self.context.clients) if self.options.styles else ():
             extra = replies[client].extra if client in replies else {}
             name, amplitudes = self._checked(client, {n: t for n, t in extra.items() if n.startswith(_AMPLITUDE)})
             server.extra[f"{name}/{client}"] = amplitudes
@@ -136,18 +139,19 @@ class FedDG(Strategy):
                 p.copy_(here)
 
     def _others(self, step: Step) -> list[Batch]:
-        """Return the batch in the style of other clients, as many times as there are donors."""
-        job, image = step.job, step.batch.image
-        names = sorted(n for n in job.received if n.startswith(f"{_AMPLITUDE}{_shape(image)}/"))
+        """Return the batch in the style of others, as many times as there are styles."""
+        job = step.job
+        prefix = f"{_AMPLITUDE}{_shape(step.batch.image)}/"
+        banks = [job.received[name] for name in sorted(job.received) if name.startswith(prefix)]
         generator = seeds.generator(job.seed, "feddg", job.round, job.client, job.steps)
-        chosen = torch.randperm(len(names), generator=generator)[: self.options.donors].tolist()
-        return [self._styled(step.batch, job.received[names[i]], generator) for i in chosen]
+        return [self._styled(step.batch, banks, generator) for _ in range(self.options.styles)] if banks else []
 
-    def _styled(self, batch: Batch, bank: Tensor, generator: torch.Generator) -> Batch:
-        count = len(batch.image)
-        amplitude = bank[torch.randint(len(bank), (count,), generator=generator)].to(batch.image.device)
-        share = torch.rand(count, 1, 1, 1, generator=generator).to(batch.image.device) if self.options.interpolate else 1.0
-        return batch._replace(image=with_window(batch.image, amplitude, share))
+    def _styled(self, batch: Batch, banks: Sequence[Tensor], generator: torch.Generator) -> Batch:
+        image = batch.image
+        owner = torch.randint(len(banks), (len(image),), generator=generator).tolist()
+        given = [banks[i][int(torch.randint(len(banks[i]), (1,), generator=generator))] for i in owner]
+        share = torch.rand(len(image), 1, 1, 1, generator=generator).to(image.device) if self.options.interpolate else 1.0
+        return batch._replace(image=with_window(image, torch.stack(given).to(image.device), share).clamp(0, 1))
 
 
 def _shape(image: Tensor) -> str:
@@ -155,7 +159,7 @@ def _shape(image: Tensor) -> str:
 
 
 def boundary_loss(tokens: Tensor, others: Tensor, batch: Batch) -> Tensor | None:
-    """Return the contrast between contours and background; None where targets are no masks, or no image has both.
+    """Return the contrast between contours and what surrounds them; None where targets are no masks, or no image has both.
 
     Args:
         tokens: of the images, `(b, l, d)`, on a square grid.
@@ -166,21 +170,25 @@ def boundary_loss(tokens: Tensor, others: Tensor, batch: Batch) -> Tensor | None
     if mask.is_floating_point() or mask.shape != batch.image[:, 0].shape or side * side != tokens.shape[1]:
         return None
     inside = (mask > 0).float()[:, None]
-    dilated, eroded = (functional.max_pool2d(sign * inside, 3, 1, 1) * sign for sign in (1, -1))
-    parts = [functional.adaptive_avg_pool2d(part, side).flatten(1) for part in (dilated - eroded, 1 - dilated)]
+    eroded = -functional.max_pool2d(-inside, 3, 1, 1)
+    dilated = functional.max_pool2d(inside, 2 * _RING + 1, 1, _RING)
+    parts = [functional.adaptive_avg_pool2d(part, side).flatten(1) for part in (inside - eroded, dilated - inside)]
     both = (parts[0].sum(dim=1) > 0) & (parts[1].sum(dim=1) > 0)
     if not bool(both.any()):
         return None
     shares = torch.stack([part[both] / part[both].sum(dim=1, keepdim=True) for part in parts])  # (2, n, l)
-    known, free = (torch.einsum("knl,nld->knd", shares, t[both].float()).flatten(0, 1) for t in (tokens, others))
-    kind = torch.arange(2, device=tokens.device).repeat_interleave(shares.shape[1])
-    return _contrast(functional.normalize(free, dim=1), functional.normalize(known, dim=1), kind)
+    means = torch.cat([torch.einsum("knl,nld->knd", shares, t[both].float()) for t in (tokens, others)], dim=1)
+    kind = torch.arange(2, device=tokens.device).repeat_interleave(means.shape[1])
+    return nt_xent(functional.normalize(means.flatten(0, 1), dim=1), kind)
 
 
-def _contrast(free: Tensor, known: Tensor, kind: Tensor) -> Tensor:
-    """NT-Xent: every one of `free` against all others of both; what is of its kind is alike."""
-    logits = free @ torch.cat([free, known]).t() / _TEMPERATURE
-    itself = torch.eye(len(free), len(logits[0]), dtype=torch.bool, device=free.device)
-    alike = (kind[:, None] == kind.repeat(2)[None]) & ~itself
-    chance = logits.masked_fill(itself, -math.inf).log_softmax(dim=1)
-    return -(chance.masked_fill(~alike, 0).sum(dim=1) / alike.sum(dim=1)).mean()
+def nt_xent(z: Tensor, kind: Tensor) -> Tensor:
+    """Return the mean over all pairs of one kind of -log( exp(s_ij) / (exp(s_ij) + sum_k exp(s_ik)) ), k: of another kind.
+
+    s_ij = z_i z_j / temperature, z `(m, d)` of length 1.
+    """
+    similar = z @ z.t() / _TEMPERATURE
+    alike = kind[:, None] == kind[None]
+    unlike = similar.masked_fill(alike, -math.inf).logsumexp(dim=1, keepdim=True)
+    pairs = alike & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    return (torch.logaddexp(similar, unlike) - similar)[pairs].mean()
