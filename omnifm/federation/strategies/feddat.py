@@ -13,7 +13,7 @@ private  a_0, and the head's last layers
 traffic  a_1, what else of the head the task has, and running statistics
 
 Adaptations. There is a pair after every transformer block of a backbone that has blocks (CLIP's tower); any other backbone has
-one pair, on its tokens. Both losses are of one place, in one step of one optimiser, where the code steps for a_1 and then for a_0:
+one pair, on its tokens. Both losses are of one place, in one step of one optimiser, where the code steps for a_1, then for a_0:
 a_1 gets no gradient from the teacher nor a_0 from the student, the head gets both. Where targets are no classes the divergence is
 the mean squared difference of the answers.
 """
