@@ -31,6 +31,12 @@ STRATEGIES = {
     "fedavg": "omnifm.federation.strategies.fedavg:FedAvg",
     "fedprox": "omnifm.federation.strategies.fedprox:FedProx",
     "fedper": "omnifm.federation.strategies.fedper:FedPer",
+    "adcol": "omnifm.federation.strategies.adcol:ADCOL",
+    "feddat": "omnifm.federation.strategies.feddat:FedDAT",
+    "feddg": "omnifm.federation.strategies.feddg:FedDG",
+    "gpfl": "omnifm.federation.strategies.gpfl:GPFL",
+    "harmofl": "omnifm.federation.strategies.harmofl:HarmoFL",
+    "lora": "omnifm.federation.strategies.lora:LoRA",
     "omnifm": "omnifm.federation.strategies.omnifm:OmniFM",
 }
 TASKS = {
@@ -141,7 +147,8 @@ def make_strategy(config: Config, data: Data, task: Task) -> Strategy:
     found, options = strategy_options(config)
     clients = tuple(ClientInfo(plan.id, plan.modality, len(plan.train)) for plan in data.plans)
     federation, buffers = config.federation, config.model.buffers
-    return found(options, Context(clients, config.seed, federation.rounds, buffers, task.one_label_space, federation.weighting))
+    facts = (buffers, task.one_label_space, federation.weighting, task.label_count)
+    return found(options, Context(clients, config.seed, federation.rounds, *facts))
 
 
 def make_model(config: Config, task: Task, strategy: Strategy) -> Model:

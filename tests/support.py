@@ -36,6 +36,7 @@ STRIPES = {"CT": (1.0, 0.0), "MRI": (0.0, 2.0), "US": (3.0, 3.0)}
 # Sizes for 16-pixel images and 8-dimensional tokens; every other option is the default.
 TINY = {
     "omnifm": {"band": 8, "width": 4, "dim": 8, "head_dim": 4, "heads": 2, "top_k": 3, "bank": {"capacity": 8, "prototypes": 3}},
+    "feddat": {"reduction": 2},
 }
 NEIGHBOURS = {"aggregation": "neighbours"}
 
@@ -102,6 +103,7 @@ class MemoryTask(Task):
     reads = frozenset({"classification"})
     primary = "accuracy"
     one_label_space = True
+    label_count = CLASSES
 
     def __init__(self, hospitals: Sequence[Hospital], norm: str = "group", data: Mapping[str, ClientData] | None = None) -> None:
         self._norm = norm
@@ -272,7 +274,8 @@ def make_strategy(config: Config, hospitals: Sequence[Hospital], task: Task) -> 
     found, options = build.strategy_options(config)
     infos = tuple(ClientInfo(h.id, h.modality, h.train) for h in hospitals)
     federation, buffers = config.federation, config.model.buffers
-    context = Context(infos, config.seed, federation.rounds, buffers, task.one_label_space, federation.weighting)
+    facts = (buffers, task.one_label_space, federation.weighting, task.label_count)
+    context = Context(infos, config.seed, federation.rounds, *facts)
     return found(options, context)
 
 

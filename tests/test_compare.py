@@ -228,7 +228,7 @@ def test_missing_variants_and_good_ones(tmp_path: Path) -> None:
 
 
 BAD_PLANS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "unknown strategy": (lambda job: cells_of(job, "fedavgg"), "strategy = 'fedavgg': unknown; known are centralised, "),
+    "unknown strategy": (lambda job: cells_of(job, "fedavgg"), "strategy = 'fedavgg': unknown; known are "),
     "participation of 0": (lambda job: cells_of(job, "local", levels=(0.0,)), "participation: Input should be greater than 0"),
     "participation above 1": (lambda job: cells_of(job, "local", levels=(1.5,)), "participation: Input should be less than"),
     "not a number": (lambda job: cells_of(job, "local", levels=(float("nan"),)), "participation: "),

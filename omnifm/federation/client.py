@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from omnifm.federation.messages import Reply, Request
 from omnifm.federation.state import LocalJob
 from omnifm.federation.store import ClientStore
 from omnifm.federation.strategy import Step, Strategy
-from omnifm.tasks.base import Batch, ClientData, JoinedSplit, Model, Split, Task
+from omnifm.tasks.base import Batch, ClientData, JoinedSplit, Model, Output, Split, Task
 
 STATE = "state:"
 """Prefix of the strategy's own tensors in a client's private file."""
@@ -159,7 +160,7 @@ class Site:
             if settings.get("finetune_epochs"):
                 self.task.begin_training(self.model, request.round)
                 self._fit(job, [Phase(Effort(int(settings["finetune_epochs"])))], with_strategy=False)
-        states = self._score(request.client, job.data.split(settings["split"]), self._predict)
+        states = self._score(request.client, job.data.split(settings["split"]), partial(self._predict, job))
         _require_finite(states, request, "a prediction is not finite")
         return self._reply(request, len(job.data.train), extra=states)
 
@@ -260,11 +261,11 @@ class Site:
     def _step(self, job: LocalJob, batch: Batch, optimiser: torch.optim.Optimizer, with_strategy: bool) -> Tensor:
         """One optimiser step; return (loss, penalty), detached."""
         batch = batch.to(self._config.device, self._format)
+        batch = self.strategy.prepare(job, batch)
         optimiser.zero_grad(set_to_none=True)
         with self._autocast():
-            output = self.model(batch.inputs)
-            loss = self.task.loss(output.prediction.float(), batch)
-            step = Step(job, batch, output)
+            output, loss = self._pass(batch)
+            step = Step(job, batch, output, self._again)
             penalty = self.strategy.penalty(step) if with_strategy else None
         (loss if penalty is None else loss + penalty).backward()
         if with_strategy:
@@ -274,15 +275,24 @@ class Site:
         optimiser.step()
         return torch.stack([loss.detach(), torch.zeros_like(loss) if penalty is None else penalty.detach()])
 
+    def _pass(self, batch: Batch) -> tuple[Output, Tensor]:
+        output: Output = self.model(batch.inputs)
+        return output, self.task.loss(output.prediction.float(), batch)
+
+    def _again(self, batch: Batch) -> tuple[Output, Tensor]:
+        with self._autocast(), sharing.still_statistics(self.model):
+            return self._pass(batch)
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._config.device.type, torch.bfloat16, enabled=self._config.engine.precision == "bf16")
 
     @torch.no_grad()
-    def _predict(self, batch: Batch) -> Tensor:
+    def _predict(self, job: LocalJob, batch: Batch) -> Tensor:
         """Return the model's predictions for a batch, on the CPU."""
         self.model.eval()
+        batch = self.strategy.prepare(job, batch.to(self._config.device, self._format))
         with self._autocast():
-            prediction = self.task.predict(self.model, batch.to(self._config.device, self._format))
+            prediction = self.task.predict(self.model, batch)
         # Token ids stay whole numbers; what autocast computed is read as float32.
         return (prediction.float() if prediction.is_floating_point() else prediction).cpu()
 
@@ -295,8 +305,9 @@ class Site:
 
     def predictor(self, request: Request) -> Callable[[Batch], Tensor]:
         """Make the model the client's; return what predicts with it, until the next request."""
-        self.strategy.begin(self._job(request, self._install(request)))
-        return self._predict
+        job = self._job(request, self._install(request), training=False)
+        self.strategy.begin(job)
+        return partial(self._predict, job)
 
     def predict(self, request: Request, index: Tensor) -> tuple[Tensor, Batch]:
         """Return a client's predictions for test examples `index`, for pictures."""

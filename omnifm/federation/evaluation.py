@@ -9,6 +9,7 @@
 Scores that are undefined (no examples, a class that never occurs) are None and stay None.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +139,8 @@ def weighted_mean(rows: Iterable[tuple[Scores | None, int]]) -> Scores:
     for name in dict.fromkeys(name for scores, _ in known for name in scores):
         defined = [(scores[name], weight) for scores, weight in known if scores.get(name) is not None]
         total = sum(weight for _, weight in defined)
-        result[name] = sum(float(v) * w for v, w in defined if v is not None) / total if total else None
+        # Exactly rounded, so that the order of the clients in the config changes no bit.
+        result[name] = math.fsum(float(v) * w for v, w in defined if v is not None) / total if total else None
     return result
 
 

@@ -1,6 +1,7 @@
 """Which tensors of a model are shared, private, or frozen. Always by module or module type, never by a piece of a name."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -110,3 +111,17 @@ def write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                     f"tensor {name} has shape {tuple(tensor.shape)}, the model wants {tuple(state[name].shape)}"
                 )
             state[name].copy_(tensor)
+
+
+@contextmanager
+def still_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep BatchNorm's running statistics as they are; in training it still normalises with those of the batch."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    moving = [m for m in norms if m.track_running_stats]
+    for module in moving:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in moving:
+            module.track_running_stats = True

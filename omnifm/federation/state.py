@@ -29,6 +29,7 @@ class Context:
     buffers: str = "average"
     one_label_space: bool = True
     weighting: str = "examples"
+    label_count: int = 0
 
     def weight(self, num_examples: int) -> int:
         """Return a client's weight in a mean: its number of training examples, or 1."""

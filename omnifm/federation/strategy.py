@@ -4,7 +4,7 @@ A strategy object holds options and facts about the federation, never the state 
 `ServerState`, at a client in `LocalJob.state`, and both are in the checkpoint.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -28,13 +28,27 @@ class StrategyOptions(NeighbourhoodOptions):
     server_step: float = Field(1.0, gt=0, le=1, description="theta <- theta + server_step * (mean - theta).")
 
 
+def no_pass(batch: Batch) -> tuple[Output, Tensor]:
+    """Stand in for a step's further pass where there is no task."""
+    raise NotImplementedError(f"a batch of {len(batch.row)} has no task to pass through")
+
+
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step, as `penalty` and `correct` see it."""
+    """One optimiser step, as `penalty` and `correct` see it.
+
+    Attributes:
+        job: whose.
+        batch: as `prepare` left it.
+        output: the model's answer.
+        again: a further pass: the model's answer to a batch and the task's loss, in the precision of the round. BatchNorm's
+            running statistics stay as they are, whatever the number of passes.
+    """
 
     job: LocalJob
     batch: Batch
     output: Output
+    again: Callable[[Batch], tuple[Output, Tensor]] = no_pass
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,11 @@ class Strategy:
         """Return how the round's local training is cut up; called after `begin`. By default one phase that trains everything."""
         del job
         return (Phase(effort),)
+
+    def prepare(self, job: LocalJob, batch: Batch) -> Batch:
+        """Return a batch as the model shall see it, in training and in prediction alike; it is on the model's device."""
+        del job
+        return batch
 
     def penalty(self, step: Step) -> Tensor | None:
         """Return a scalar to add to the task loss, or None."""

@@ -8,6 +8,8 @@ fx >= 0 is enough because the spectrum of a real image is symmetric. The amplitu
 gradient is 0 at an exact zero, where sqrt(re^2 + im^2) gives NaN, and black backgrounds are full of exact zeros.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -75,3 +77,53 @@ def circular_filter(tokens: Tensor, weight: Tensor) -> Tensor:
     spectrum = torch.fft.rfft2(tokens, dim=(1, 2), norm="ortho") * torch.view_as_complex(weight)
     filtered: Tensor = torch.fft.irfft2(spectrum, s=tokens.shape[1:3], dim=(1, 2), norm="ortho")
     return filtered
+
+
+def window_radius(share: float, height: int, width: int) -> int:
+    """Return b = floor(share * min(height, width)), the radius of a low-frequency window; 0 is the mean brightness alone."""
+    return math.floor(share * min(height, width))
+
+
+def window_amplitude(image: Tensor, radius: int) -> Tensor:
+    """Return |F(x)| of the frequencies with |fy| <= b and 0 <= fx <= b; the rest of the window follows by symmetry.
+
+    Args:
+        image: (n, c, h, w), real.
+        radius: b; 2b < min(h, w).
+
+    Returns:
+        (n, c, 2b + 1, b + 1) float32, rows in FFT order (0, ..., b, -b, ..., -1).
+    """
+    amplitude = full_amplitude(image)
+    return amplitude[..., _window_rows(amplitude.shape[-2], radius), : radius + 1]
+
+
+def with_window(image: Tensor, amplitude: Tensor, share: float | Tensor = 1.0) -> Tensor:
+    """Return the images with another amplitude in the low-frequency window, and the phase they have.
+
+        F' = ((1 - share) |F| + share * amplitude) exp(i arg F)  in the window,  F' = F  outside
+
+    Sources: the amplitude exchange of FDA (Yang and Soatto, CVPR 2020) and FedDG (Liu et al., CVPR 2021).
+
+    Args:
+        image: (n, c, h, w), real.
+        amplitude: as from `window_amplitude`, for each image or one for all of them.
+        share: 1 replaces, less interpolates; a number, or (n, 1, 1, 1).
+
+    Returns:
+        (n, c, h, w) float32, not clipped, in the memory format of `image`.
+    """
+    radius = amplitude.shape[-1] - 1
+    with torch.autocast(device_type=image.device.type, enabled=False):
+        spectrum = torch.fft.rfft2(image.float(), norm="ortho")
+        rows = _window_rows(image.shape[-2], radius)
+        window = spectrum[..., rows, : radius + 1]
+        own = window.abs()
+        mixed = own + share * (amplitude - own) if isinstance(share, Tensor) or share != 1.0 else amplitude.expand_as(own)
+        spectrum[..., rows, : radius + 1] = torch.polar(mixed, window.angle())
+        changed = torch.fft.irfft2(spectrum, s=image.shape[-2:], norm="ortho")
+        return torch.empty_like(image, dtype=torch.float32).copy_(changed)
+
+
+def _window_rows(height: int, radius: int) -> Tensor:
+    return torch.cat((torch.arange(radius + 1), torch.arange(height - radius, height)))

@@ -135,6 +135,11 @@ class Backbone(nn.Module):
         """Return the tokens of the images."""
         raise NotImplementedError
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Its transformer blocks, first to last, each from `(b, n, d)` to the same shape. By default there are none."""
+        return ()
+
 
 class Reading(NamedTuple):
     """What a head reads.
@@ -284,6 +289,8 @@ class Task(ABC):
     """Names of scores for which the worst client is the one with the largest value."""
     one_label_space: bool
     """Whether all cohorts have the same label space, so that one head can serve them."""
+    label_count: int = 0
+    """How many classes the numbers in `labels`, which are then also the targets of a batch, tell apart; 0 without such."""
     notes: tuple[str, ...] = ()
     """What a reader of the results has to know of how they were made; shown in the report."""
 

@@ -120,6 +120,7 @@ class Classification(Task):
         self._images = {n: load_images(c, config.data.image_size, config.data.channels, data.cache) for n, c in cohorts.items()}
         self._plans = {plan.id: plan for plan in data.plans}
         self.classes, table = label_union(cohorts, config.federation.label_space)
+        self.label_count = len(self.classes)
         self.one_label_space = len({tuple(sorted(numbers.values())) for numbers in table.values()}) == 1
         self._labels = {
             name: np.array([table[name][row.label] for row in cohort.rows], dtype=np.int64) for name, cohort in cohorts.items()

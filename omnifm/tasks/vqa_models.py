@@ -206,6 +206,11 @@ class TowerBackbone(Backbone):
         """Return patch tokens."""
         return Features(self.tower(inputs.image))
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The tower's layers up to the one that is read."""
+        return tuple(self.tower.tower.encoder.layers)
+
 
 class LlavaHead(Head):
     """Connector and language model. With `side["answer"]`: logits under teacher forcing; without: generated token ids."""

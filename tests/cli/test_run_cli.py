@@ -156,7 +156,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "a section that is a value": ("federation=3", "federation: "),
     "out of range": ("federation.participation=0", "federation.participation: Input should be greater than 0"),
     "not a number": ("optimiser.lr=nan", "optimiser.lr: "),
-    "unknown strategy": ("strategy=fedavgg", "strategy = 'fedavgg': unknown; known are centralised, fedavg"),
+    "unknown strategy": ("strategy=fedavgg", "strategy = 'fedavgg': unknown; known are "),
     "unknown option of a strategy": ("strategies.fedprox.nu=1", "strategies.fedprox.nu: unknown key"),
     "options of an unknown strategy": ("strategies.fedpox.mu=1", "strategy = 'fedpox': unknown"),
     "no cohorts": ("federation.cohorts=[]", "federation.cohorts is empty"),

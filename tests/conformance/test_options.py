@@ -30,6 +30,25 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "neighbourhood_band": (NEIGHBOURS, 2),
     "mu": ({}, 1.0),
     "preset": ({}, "paper"),
+    "amplitude_norm": ({}, False),
+    "window": ({}, 0.2),
+    "log_mean": ({}, True),
+    "perturbation": ({}, 0.5),
+    "interpolate": ({}, True),
+    "styles": ({}, 2),
+    "bank_share": ({}, 1.0),
+    "inner_lr": ({}, 0.1),
+    "inner_clip": ({"inner_lr": 0.1}, 1e-3),
+    "predicts": ({}, "modality"),
+    "prototypes": ({}, 2),
+    "hidden": ({}, 32),
+    "discriminator_lr": ({}, 0.1),
+    "discriminator_epochs": ({}, 1),
+    "rank": ({}, 2),
+    "alpha": ({}, 32.0),
+    "average": ({}, "exact"),
+    "reduction": ({}, 4),
+    "temperature": ({}, 1.0),
     "head": ({}, "shared"),
     "private_block": ({}, False),
     "private_norms": ({}, True),
@@ -72,7 +91,14 @@ def fields(options: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-CASES = [(s, option) for s in sorted(STRATEGIES) for option in fields(lookup(STRATEGIES, "strategy", s).Options)]
+# All that FedDAT shares is in the path, which is global for a client without a peer whatever is set.
+NOTHING_TO_KEEP = {("feddat", "neighbourhood_alone")}
+CASES = [
+    (s, option)
+    for s in sorted(STRATEGIES)
+    for option in fields(lookup(STRATEGIES, "strategy", s).Options)
+    if (s, option) not in NOTHING_TO_KEEP
+]
 
 
 @cache

@@ -11,7 +11,8 @@ from omnifm.config import OptimiserConfig
 from omnifm.errors import FederationError
 from omnifm.federation.client import build_optimiser, learning_rate
 from omnifm.federation.messages import Request
-from omnifm.tasks.base import Batch, Reading
+from omnifm.federation.strategy import Step
+from omnifm.tasks.base import Batch, Features, Inputs, Reading
 from tests.support import HOSPITALS, Lab, Spy, differing, make_lab, spy
 
 ONE = HOSPITALS[:1]
@@ -217,3 +218,38 @@ def test_every_event_of_a_client_says_what_it_did(tmp_path: Path) -> None:
         assert e["loss"] == pytest.approx(sum(c["loss"] * c["num_examples"] for c in mine) / 36)
         assert e["clients"] == ["a", "b", "c", "d"]
     assert all(r.seconds > 0 for r in spy(lab).replies)
+
+
+def test_a_strategy_prepares_every_batch_in_training_and_in_prediction(tmp_path: Path) -> None:
+    """The network sees what `prepare` returns; the truth that is scored is untouched."""
+    lab = make_lab(tmp_path, hospitals=ONE, federation__rounds=1)
+    seen: list[tuple[bool, torch.Tensor]] = []
+    forward = lab.site.model.backbone.forward
+
+    def look(inputs: Inputs) -> Features:
+        seen.append((lab.site.model.training, inputs.image))
+        return forward(inputs)
+
+    lab.site.model.backbone.forward = look  # type: ignore[method-assign]
+    lab.site.strategy.prepare = lambda job, batch: batch._replace(image=torch.ones_like(batch.image))  # type: ignore[method-assign]
+    lab.evaluate(lab.run(), finetune=True)
+    assert {training for training, _ in seen} == {True, False}
+    assert all(bool((image == 1).all()) for _, image in seen)
+
+
+def test_a_further_pass_gives_answer_and_loss_of_the_model_as_it_is(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, hospitals=ONE, federation__rounds=1)
+    checked: list[int] = []
+
+    def look(step: Step) -> None:
+        for p in lab.site.model.parameters():
+            p.data *= 1.5
+        output, loss = step.again(step.batch)
+        assert torch.equal(output.prediction, lab.site.model(step.batch.inputs).prediction)
+        assert torch.equal(loss, torch.nn.functional.cross_entropy(output.prediction, step.batch.target))
+        assert not torch.equal(output.prediction, step.output.prediction)
+        checked.append(1)
+
+    lab.site.strategy.correct = look  # type: ignore[method-assign]
+    lab.run()
+    assert checked == [1] * 3

@@ -135,3 +135,9 @@ def test_a_client_is_scored_with_the_shared_tensors_that_are_its_own(tmp_path: P
         expected = server.shared if request.settings["view"] == "global" else own[request.client]
         assert differing(dict(request.tensors), expected) == []
     assert sorted(q.settings["view"] for q in asked) == ["global"] * 4 + ["personal"] * 4
+
+
+def test_a_weighted_mean_does_not_depend_on_the_order_of_the_clients() -> None:
+    rows: list[tuple[Scores | None, int]] = [({"x": 0.1 * i}, 7 * i + 1) for i in range(1, 9)]
+    orders = [rows, rows[::-1], rows[4:] + rows[:4], rows[1::2] + rows[::2]]
+    assert len({weighted_mean(order)["x"] for order in orders}) == 1

@@ -4,7 +4,7 @@ from torch import nn
 
 from omnifm.backbones.resnet import ResNet18Trunk
 from omnifm.errors import ConfigError, FederationError
-from omnifm.federation.sharing import BATCH_NORMS, NORMS, names_of_type, names_under, read, split_state, write
+from omnifm.federation.sharing import BATCH_NORMS, NORMS, names_of_type, names_under, read, split_state, still_statistics, write
 
 
 def resnet(norm: str = "batch") -> ResNet18Trunk:
@@ -116,3 +116,15 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         write(Net(), {"zz": torch.ones(1)})
     with pytest.raises(FederationError, match=r"tensor amplitude has shape \(3,\), the model wants \(2,\)"):
         write(Net(), {"amplitude": torch.ones(3)})
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_still_statistics_stay_and_the_answer_is_what_it_would_be(training: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.InstanceNorm2d(3)).train(training)
+    x = torch.randn(4, 1, 8, 8)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with still_statistics(model):
+        found = model(x)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    torch.testing.assert_close(found, model(x))
+    assert any(not torch.equal(before[n], t) for n, t in model.state_dict().items()) == training, "afterwards they move again"

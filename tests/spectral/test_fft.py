@@ -5,7 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnifm.errors import DataError
-from omnifm.spectral.fft import circular_filter, full_amplitude, low_pass_amplitude
+from omnifm.spectral.fft import (
+    circular_filter,
+    full_amplitude,
+    low_pass_amplitude,
+    window_amplitude,
+    window_radius,
+    with_window,
+)
 from tests.spectral.examples import images
 
 SIZES = st.tuples(st.integers(9, 40), st.integers(9, 40))
@@ -129,3 +136,33 @@ def test_the_circular_filter_is_a_convolution() -> None:
         for dx in range(4):
             expected += tokens.roll((dy, dx), (1, 2)) * kernel[dy, dx]
     torch.testing.assert_close(circular_filter(tokens, weight), expected, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SIZES, st.floats(0, 0.49), st.floats(0, 1))
+def test_a_window_is_exchanged_as_in_numpy(size: tuple[int, int], window: float, share: float) -> None:
+    """Numpy's full fft2, the square window cut out of the shifted spectrum, as in the published code."""
+    x, other = images(2, 3, *size, seed=1), images(2, 3, *size, seed=2)
+    b = window_radius(window, *size)
+    found = with_window(x, window_amplitude(other, b), share)
+    f, g = (np.fft.fftshift(np.fft.fft2(t.double().numpy()), axes=(-2, -1)) for t in (x, other))
+    amplitude, phase = np.abs(f), np.angle(f)
+    cy, cx = size[0] // 2, size[1] // 2
+    place = np.s_[..., cy - b : cy + b + 1, cx - b : cx + b + 1]
+    amplitude[place] = (1 - share) * amplitude[place] + share * np.abs(g)[place]
+    expected = np.fft.ifft2(np.fft.ifftshift(amplitude * np.exp(1j * phase), axes=(-2, -1)))
+    assert np.abs(expected.imag).max() < 1e-9
+    np.testing.assert_allclose(found.numpy(), expected.real, atol=3e-5)
+
+
+def test_the_window_of_radius_zero_is_the_mean_brightness() -> None:
+    x = images(3, 2, 12, 9, seed=3)
+    torch.testing.assert_close(window_amplitude(x, 0)[..., 0, 0], x.mean(dim=(2, 3)) * (12 * 9) ** 0.5)
+    changed = with_window(x, torch.full((2, 1, 1), 0.25 * (12 * 9) ** 0.5))
+    torch.testing.assert_close(changed, x - x.mean(dim=(2, 3), keepdim=True) + 0.25)
+
+
+def test_an_image_with_its_own_amplitude_is_itself_and_black_stays_finite() -> None:
+    x = images(2, 1, 16, 16, seed=4)
+    torch.testing.assert_close(with_window(x, window_amplitude(x, 5)), x, atol=2e-6, rtol=0)
+    assert bool(with_window(torch.zeros(1, 1, 8, 8), window_amplitude(x[:1], 2)).isfinite().all())

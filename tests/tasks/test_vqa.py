@@ -377,7 +377,7 @@ def test_the_compact_model_learns_what_is_in_the_picture(folder: Path, tmp_path:
     assert "left to right" not in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("strategy", "tune"), [("omnifm", "full"), ("fedper", "F-CL")])
+@pytest.mark.parametrize(("strategy", "tune"), [("omnifm", "full"), ("fedper", "F-CL"), ("feddat", "F-CL"), ("lora", "full")])
 def test_the_llava_shape_runs_from_config_to_report(
     folder: Path, tmp_path: Path, offline: None, strategy: str, tune: str
 ) -> None:

@@ -1,0 +1,183 @@
+"""ADCOL with prototypes: the server learns whose features are whose; clients learn features by which nobody can tell.
+
+    client   min L(theta) + mu KL(u || D(f)),   u = (1/N, ..., 1/N),  f = mean of the tokens r       D stays as received
+    server   min_D sum_p w_p CE(D(v_p), i_p) / sum_p w_p      v_p: a prototype of client i_p, standing for w_p of its images
+
+Li, He, Song, "Adversarial collaborative learning on non-IID features", ICML 2023. There D is trained on the features of every
+image; here on k-means centres of them alone, at most `prototypes` a client, so that a client uploads what it would to OmniFM's
+bank. D as in FL-bench: two layers of 512 without bias, with BatchNorm and ReLU, then one output per client; SGD with .01, 3
+epochs a round, batches of 32; mu = .5. `predicts = "modality"`: one output per modality.
+
+traffic  up: K (d + 1) numbers; down: D, from the second round on
+state    D and the latest prototypes of every client, at the server
+
+A discriminator at the client would see one class, and its gradient reversed would say nothing: D has to be at the server.
+Adaptations. Features are embedded after local training instead of during its last epoch. In the first round there is no D yet.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from omnifm import seeds
+from omnifm.errors import FederationError
+from omnifm.federation.messages import Reply
+from omnifm.federation.state import LocalJob, ServerState
+from omnifm.federation.strategy import Step, Strategy, StrategyOptions, Upload
+from omnifm.federation.tap import Tap
+from omnifm.spectral.prototypes import prototypes
+from omnifm.tasks.base import Model
+
+_WEIGHTS, _PROTOTYPES, _COUNTS = "adcol/discriminator/", "adcol/prototypes/", "adcol/counts/"
+_BATCH = 32
+
+
+class ADCOLOptions(StrategyOptions):
+    """The adversarial term, what is uploaded, and the discriminator's training."""
+
+    mu: float = Field(0.5, ge=0, description="Weight of the adversarial term.")
+    predicts: Literal["client", "modality"] = Field("client", description="What the discriminator tells apart.")
+    prototypes: int = Field(16, ge=1, description="K, prototypes a client uploads per round.")
+    hidden: int = Field(512, ge=1, description="Width of the discriminator's two layers.")
+    discriminator_lr: float = Field(0.01, gt=0, description="Learning rate of the discriminator.")
+    discriminator_epochs: int = Field(3, ge=1, description="Passes over the prototypes after each round.")
+
+
+class ADCOL(Strategy):
+    """FedAvg with a discriminator at the server."""
+
+    Options: ClassVar[type[StrategyOptions]] = ADCOLOptions
+    options: ADCOLOptions
+
+    def setup(self, model: Model) -> None:
+        """Look at the tokens."""
+        model.path = Tap()
+
+    # ------------------------------------------------------------------ the client
+    def begin(self, job: LocalJob) -> None:
+        """Build the discriminator that came with the request."""
+        found = {n.removeprefix(_WEIGHTS): t for n, t in job.received.items() if n.startswith(_WEIGHTS)}
+        self._judge = self._discriminator(found).to(job.device).eval().requires_grad_(False) if found else None
+
+    def penalty(self, step: Step) -> Tensor | None:
+        """How far the discriminator is from having no idea."""
+        if self._judge is None or not self.options.mu:
+            return None
+        logits = self._judge(step.output.trace.float().mean(dim=1))
+        return self.options.mu * divergence_from_uniform(logits)
+
+    def finish(self, job: LocalJob) -> Upload:
+        """Summarise the client's features."""
+        features = _features(job)
+        if not bool(features.isfinite().all()):
+            raise FederationError(f"client {job.client}, round {job.round}: a feature is not finite")
+        generator = seeds.generator(job.seed, "adcol", job.round, job.client)
+        vectors, counts = prototypes(features, self.options.prototypes, generator, rho=math.inf)
+        return Upload({"adcol/prototypes": vectors, "adcol/counts": counts})
+
+    # ------------------------------------------------------------------ the server
+    def extra_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
+        """The discriminator, once there is one."""
+        del client
+        return {n: t for n, t in server.extra.items() if n.startswith(_WEIGHTS)}
+
+    def begin_round(self, server: ServerState) -> None:
+        """Wait for prototypes."""
+        super().begin_round(server)
+        self._came: dict[str, Tensor] = {}
+
+    def receive(self, server: ServerState, reply: Reply) -> None:
+        """Put a client's prototypes aside until the round ends."""
+        super().receive(server, reply)
+        known = next((t.shape[1] for n, t in {**server.extra, **self._came}.items() if n.startswith(_PROTOTYPES)), None)
+        vectors, counts = self._checked(reply, known)
+        self._came |= {_PROTOTYPES + reply.client: vectors, _COUNTS + reply.client: counts}
+
+    def _checked(self, reply: Reply, width: int | None) -> tuple[Tensor, Tensor]:
+        who = f"client {reply.client}, round {reply.round}"
+        found = [reply.extra.get(name) for name in ("adcol/prototypes", "adcol/counts")]
+        vectors, counts = found
+        if vectors is None or counts is None:
+            raise FederationError(f"{who}: its prototypes are missing, or how many images they stand for is")
+        if (
+            vectors.dim() != 2
+            or not 1 <= len(vectors) <= self.options.prototypes
+            or vectors.shape[1] != (width or vectors.shape[1])
+        ):
+            raise FederationError(f"{who}: its prototypes have shape {tuple(vectors.shape)}")
+        if counts.shape != vectors.shape[:1] or not bool((counts > 0).all()):
+            raise FederationError(f"{who}: the counts of its prototypes must be one positive number for each")
+        if not bool(vectors.isfinite().all()) or not bool(counts.isfinite().all()):
+            raise FederationError(f"{who}: a prototype is not finite")
+        return vectors, counts
+
+    def end_round(self, server: ServerState, round_index: int) -> dict[str, Any]:
+        """Average, then train the discriminator on the latest prototypes of all clients."""
+        facts = super().end_round(server, round_index)
+        server.extra.update(self._came)
+        # In the order of ids, so that the order in the config changes nothing.
+        clients = sorted(n.removeprefix(_PROTOTYPES) for n in server.extra if n.startswith(_PROTOTYPES))
+        vectors = torch.cat([server.extra[_PROTOTYPES + c] for c in clients])
+        counts = torch.cat([server.extra[_COUNTS + c] for c in clients])
+        sizes = torch.tensor([len(server.extra[_COUNTS + c]) for c in clients])
+        target = torch.tensor([self._number(c) for c in clients]).repeat_interleave(sizes)
+        accuracy = self._learn(server, vectors, target, counts, round_index)
+        return {**facts, "discriminator": {"prototypes": len(vectors), "accuracy": accuracy}}
+
+    def _number(self, client: str) -> int:
+        if self.options.predicts == "modality":
+            return self.context.modality_index(client)
+        return sorted(info.id for info in self.context.clients).index(client)
+
+    def _learn(self, server: ServerState, vectors: Tensor, target: Tensor, counts: Tensor, round_index: int) -> float:
+        """Train the discriminator, keep it, return its accuracy on what it was trained on."""
+        saved = {n.removeprefix(_WEIGHTS): t for n, t in server.extra.items() if n.startswith(_WEIGHTS)}
+        judge = self._discriminator(saved, vectors.shape[1]).train()
+        optimiser = torch.optim.SGD(judge.parameters(), lr=self.options.discriminator_lr)
+        generator = seeds.generator(self.context.seed, "adcol", "discriminator", round_index)
+        orders = (torch.randperm(len(vectors), generator=generator) for _ in range(self.options.discriminator_epochs))
+        for index in itertools.chain.from_iterable(order.split(_BATCH) for order in orders):
+            if len(index) == 1:
+                continue  # BatchNorm cannot train on one
+            optimiser.zero_grad()
+            loss = functional.cross_entropy(judge(vectors[index]), target[index], reduction="none")
+            ((loss * counts[index]).sum() / counts[index].sum()).backward()
+            optimiser.step()
+        server.extra.update({_WEIGHTS + n: t.detach().clone() for n, t in judge.state_dict().items()})
+        with torch.no_grad():
+            return float((judge.eval()(vectors).argmax(dim=1) == target).float().mean())
+
+    def _discriminator(self, state: Mapping[str, Tensor], width: int = 0) -> nn.Sequential:
+        """Return the discriminator in a given state, or the untrained one for features of length `width`."""
+        outputs = len(self.context.clients if self.options.predicts == "client" else self.context.modalities)
+        sizes = (state["0.weight"].shape[1] if state else width, self.options.hidden, self.options.hidden)
+        layers: list[nn.Module] = []
+        with seeds.scope(self.context.seed, "adcol", "init"):
+            for before, after in itertools.pairwise(sizes):
+                layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
+            judge = nn.Sequential(*layers, nn.Linear(sizes[-1], outputs, bias=False))
+        if state:
+            judge.load_state_dict(dict(state))
+        return judge
+
+
+def divergence_from_uniform(logits: Tensor) -> Tensor:
+    """Return KL(u || softmax(logits)), the mean over rows `(b, N)`."""
+    return -(functional.log_softmax(logits.float(), dim=1).mean() + math.log(logits.shape[1]))
+
+
+def _features(job: LocalJob) -> Tensor:
+    """Return the mean token of every training image, `(n, d)`."""
+    backbone, train = job.model.backbone.eval(), job.data.train
+    found = []
+    with torch.no_grad():
+        for part in torch.arange(len(train)).split(_BATCH):
+            batch = train.batch(part).to(job.device, torch.contiguous_format)
+            found.append(backbone(batch.inputs).tokens.float().mean(dim=1).cpu())
+    return torch.cat(found)

@@ -1,0 +1,142 @@
+"""LoRA: the backbone stays as it came; low-rank changes of its layers are trained and averaged, and the head with them.
+
+    W' = W + (alpha / r) B A          W: (out, in), frozen;  A: (r, in), B: (out, r) = 0 at first
+    plain   A <- sum_i p_i A_i,   B <- sum_i p_i B_i                                which is not the mean change:
+    exact   B A <- the best rank-r approximation of sum_i p_i B_i A_i               B = U_r S_r^(1/2),  A = S_r^(1/2) V_r^T
+
+Hu et al., "LoRA: Low-rank adaptation of large language models", ICLR 2022; Zhang et al., "FedPETuning: When federated learning
+meets the parameter-efficient tuning methods of pre-trained language models", Findings of ACL 2023: r = 8, alpha = 8, `plain`.
+In `exact` the mean of the products is factorised anew, so what is lost is what r dimensions cannot hold, not the cross terms.
+
+traffic  A, B and the head each way, and running statistics; W comes from the seed or from `model.weights` and never travels
+state    none; in `exact` the server keeps the A_i, B_i of a round until it ends
+
+Adaptations. Every linear layer and convolution of the backbone gets a change, a convolution's kernel read as (out, the rest), and
+r is at most what the layer has. Normalisation keeps its weights; BatchNorm's statistics move and are averaged like others. Where
+the mean product has less than r dimensions, the rows of A that are left over are those of the mean of A, and B is 0 there: with
+both 0 they would never train again.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from omnifm.errors import ConfigError
+from omnifm.federation.messages import Reply
+from omnifm.federation.state import ServerState
+from omnifm.federation.strategy import Strategy, StrategyOptions
+from omnifm.tasks.base import Model
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_DOWN, _UP = ".parametrizations.weight.0.down", ".parametrizations.weight.0.up"
+_NEGLIGIBLE = 1e-12
+Factors = tuple[float, Tensor, Tensor]
+
+
+class LoRAOptions(StrategyOptions):
+    """The size of the changes, and how they are averaged."""
+
+    rank: int = Field(8, ge=1, description="r.")
+    alpha: float = Field(8.0, gt=0, description="The product is scaled by alpha / r.")
+    average: Literal["plain", "exact"] = Field("plain", description="Mean of the factors, or of their products.")
+
+    @model_validator(mode="after")
+    def _one_mean(self) -> Self:
+        if self.average == "exact" and self.aggregation != "mean":
+            raise ValueError('average = "exact" is of one mean for all: set aggregation = "mean"')
+        return self
+
+
+class LowRank(nn.Module):
+    """A layer's weight with its change."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
+        super().__init__()
+        outputs, inputs = weight.flatten(1).shape
+        rank = min(rank, outputs, inputs)
+        self.scale = alpha / rank
+        self.down = nn.Parameter(torch.empty(rank, inputs))
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return W'."""
+        change = self.scale * (self.up @ self.down)
+        return weight + change.view_as(weight).to(weight.dtype)
+
+
+class LoRA(Strategy):
+    """FedAvg of low-rank changes and the head."""
+
+    Options: ClassVar[type[StrategyOptions]] = LoRAOptions
+    options: LoRAOptions
+
+    def setup(self, model: Model) -> None:
+        """Freeze the backbone and give every layer a change. Raises ConfigError if it has no layer."""
+        layers = [module for module in model.backbone.modules() if isinstance(module, _LAYERS)]
+        if not layers:
+            raise ConfigError("strategies.lora: the backbone has neither linear layers nor convolutions")
+        model.backbone.requires_grad_(False)
+        for layer in layers:
+            change = LowRank(layer.weight, self.options.rank, self.options.alpha)
+            parametrize.register_parametrization(layer, "weight", change)
+
+    def begin_round(self, server: ServerState) -> None:
+        """Wait for factors."""
+        super().begin_round(server)
+        self._factors: dict[str, list[Factors]] = {}
+
+    def receive(self, server: ServerState, reply: Reply) -> None:
+        """Add the tensors to the mean; keep the factors where their products are averaged."""
+        super().receive(server, reply)
+        if self.options.average == "exact":
+            weight = float(self.context.weight(reply.num_examples))
+            for name, down, up in _changes(reply.tensors):
+                self._factors.setdefault(name, []).append((weight, down, up))
+
+    def end_round(self, server: ServerState, round_index: int) -> dict[str, Any]:
+        """Average; in `exact` put new factors in the place of the averaged ones."""
+        old = {name: (down, up) for name, down, up in _changes(server.shared)}
+        facts = super().end_round(server, round_index)
+        if self.options.average == "plain":
+            return facts
+        lost = kept = 0.0
+        for name, factors in self._factors.items():
+            total, step = sum(weight for weight, _, _ in factors), self.options.server_step
+            parts = [(step * weight / total, down, up) for weight, down, up in factors]
+            parts += [(1 - step, *old[name])] if step != 1 else []
+            down, up, values = refactorised(parts, spare=server.shared[name + _DOWN])
+            server.shared |= {name + _DOWN: down, name + _UP: up}
+            kept += float(values[: len(down)].square().sum())
+            lost += float(values[len(down) :].square().sum())
+        return {**facts, "lora": {"lost": lost / (lost + kept) if lost else 0.0}}
+
+
+def _changes(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
+    """Return name, A and B of every layer that has a change."""
+    names = [name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)]
+    return [(name, tensors[name + _DOWN], tensors[name + _UP]) for name in names]
+
+
+def refactorised(parts: Sequence[Factors], spare: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A, B and all singular values of M = sum_j w_j B_j A_j, where B A is the best approximation of M of a rank.
+
+    M itself is never formed: M = Q_b (R_b R_a^T) Q_a^T with the two QR factorisations of all B_j and all A_j side by side.
+
+    Args:
+        parts: (w_j, A_j (r, in), B_j (out, r)).
+        spare: (r, in), the rows of A for dimensions that M does not have; r is the rank of the answer.
+    """
+    q_b, r_b = torch.linalg.qr(torch.cat([weight * up.double() for weight, _, up in parts], dim=1))
+    q_a, r_a = torch.linalg.qr(torch.cat([down.double() for _, down, _ in parts]).t())
+    u, values, v = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
+    rank = len(spare)
+    root = values[:rank].sqrt()
+    down, up = root[:, None] * (q_a @ v.t()[:, :rank]).t(), q_b @ u[:, :rank] * root
+    there = values[:rank] > _NEGLIGIBLE * values[0]
+    return torch.where(there[:, None], down, spare.double()).float(), torch.where(there, up, 0.0).float(), values
