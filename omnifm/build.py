@@ -31,6 +31,9 @@ STRATEGIES = {
     "fedavg": "omnifm.federation.strategies.fedavg:FedAvg",
     "fedprox": "omnifm.federation.strategies.fedprox:FedProx",
     "fedper": "omnifm.federation.strategies.fedper:FedPer",
+    "fedavgm": "omnifm.federation.strategies.fedavgm:FedAvgM",
+    "fedadam": "omnifm.federation.strategies.fedadam:FedAdam",
+    "fedyogi": "omnifm.federation.strategies.fedyogi:FedYogi",
     "adcol": "omnifm.federation.strategies.adcol:ADCOL",
     "feddat": "omnifm.federation.strategies.feddat:FedDAT",
     "feddg": "omnifm.federation.strategies.feddg:FedDG",
@@ -165,6 +168,7 @@ def make_model(config: Config, task: Task, strategy: Strategy) -> Model:
     try:
         with seeds.scope(config.seed, "init", "strategy"):
             strategy.setup(model)
+            strategy.buffers = frozenset(name for name, _ in model.named_buffers())
             model.eval()
             with torch.no_grad():
                 for inputs in task.probes():

@@ -86,6 +86,7 @@ class Site:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stubs do not
         self.sharing = sharing.split_state(self.model, strategy.private(self.model), strategy.context.buffers)
         self.holds = {client: names for client in clients if (names := self._held(client)) is not None}
+        strategy.holds = self.holds
         self._has_batch_norm = any(isinstance(module, sharing.BATCH_NORMS) for module in self.model.modules())
         # Clients that never trained start from these, so the model can be handed from client to client.
         self._initial = sharing.read(self.model, (*self.sharing.private, *self.sharing.dropped))

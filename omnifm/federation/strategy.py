@@ -6,6 +6,7 @@ A strategy object holds options and facts about the federation, never the state 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -26,6 +27,12 @@ class StrategyOptions(NeighbourhoodOptions):
 
     aggregation: Literal["mean", "neighbours"] = Field("mean", description="One mean for all, or one per spectral neighbourhood.")
     server_step: float = Field(1.0, gt=0, le=1, description="theta <- theta + server_step * (mean - theta).")
+
+
+class OneMeanOptions(StrategyOptions):
+    """Options of a strategy whose server has a rule of its own for one model; spectral neighbourhoods are refused."""
+
+    aggregation: Literal["mean"] = Field("mean", description="One model for all.")
 
 
 def no_pass(batch: Batch) -> tuple[Output, Tensor]:
@@ -67,6 +74,10 @@ class Strategy:
     """True: one model is trained on the data of all clients, gathered in one place."""
     averages: ClassVar[bool] = True
     """False: no two clients' tensors are ever averaged, so options of averaging are a mistake."""
+    buffers: frozenset[str] = frozenset()
+    """Names of the tensors that are no parameters (running statistics, counters); set where the model is built."""
+    holds: Mapping[str, frozenset[str]] = MappingProxyType({})
+    """By client, the names of the tensors it has; a client that is not here has all. Set where the site is built."""
 
     def __init__(self, options: StrategyOptions, context: Context) -> None:
         if not self.averages and (options.aggregation != "mean" or options.server_step != 1):

@@ -1,0 +1,18 @@
+"""FedYogi: FedAdam, but v <- v - (1 - beta2) Delta^2 sign(v - Delta^2).
+
+Reddi et al., "Adaptive federated optimization", ICLR 2021, Algorithm 2. v moves by (1 - beta2) Delta^2 whatever v is, so after
+a round of large changes it falls back more slowly than Adam's. It starts from tau^2: from 0 the first steps are far too long, or
+hardly any. Options and defaults are `fedadam`'s.
+"""
+
+from torch import Tensor
+
+from omnifm.federation.strategies.fedadam import FedAdam
+
+
+class FedYogi(FedAdam):
+    """Yogi at the server."""
+
+    def _second(self, v: Tensor, square: Tensor) -> Tensor:
+        """Additive, towards Delta^2."""
+        return v - (1 - self.options.beta2) * square * (v - square).sign()
