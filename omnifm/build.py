@@ -31,6 +31,7 @@ STRATEGIES = {
     "fedavg": "omnifm.federation.strategies.fedavg:FedAvg",
     "fedprox": "omnifm.federation.strategies.fedprox:FedProx",
     "fedper": "omnifm.federation.strategies.fedper:FedPer",
+    "fedbn": "omnifm.federation.strategies.fedbn:FedBN",
     "fedavgm": "omnifm.federation.strategies.fedavgm:FedAvgM",
     "fedadam": "omnifm.federation.strategies.fedadam:FedAdam",
     "fedyogi": "omnifm.federation.strategies.fedyogi:FedYogi",

@@ -38,6 +38,8 @@ TINY = {
     "omnifm": {"band": 8, "width": 4, "dim": 8, "head_dim": 4, "heads": 2, "top_k": 3, "bank": {"capacity": 8, "prototypes": 3}},
     "feddat": {"reduction": 2},
 }
+# What a strategy cannot do without.
+NEEDS = {"fedbn": {"model__norm": "batch"}}
 NEIGHBOURS = {"aggregation": "neighbours"}
 
 
@@ -154,7 +156,7 @@ def make_config(strategy: str = "fedavg", options: Mapping[str, Any] | None = No
         "optimiser": {"lr": 0.1, "batch_size": BATCH},
         "strategies": {strategy: merge_options(strategy, options or {})},
     }
-    for key, value in changes.items():
+    for key, value in (NEEDS.get(strategy, {}) | changes).items():
         put(raw, key.replace("__", "."), value)
     return parse(raw)
 

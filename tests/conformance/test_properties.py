@@ -14,7 +14,7 @@ from omnifm.federation.state import LocalJob, ServerState
 from omnifm.federation.strategy import Strategy
 from omnifm.spectral.psp import Suffix
 from omnifm.tasks.base import Batch
-from tests.support import HOSPITALS, Ahead, Altered, Hospital, Lab, Spy, Wire, differing, make_lab, spy
+from tests.support import HOSPITALS, NEEDS, Ahead, Altered, Hospital, Lab, Spy, Wire, differing, make_lab, spy
 
 pytestmark = pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 
@@ -292,7 +292,7 @@ def test_mixed_precision_in_channels_last_trains_and_differs_little(strategy: st
     plain = make_lab(tmp_path / "1", strategy)
     fast = make_lab(tmp_path / "2", strategy, engine__precision="bf16", engine__channels_last=True)
     first, second = plain.snapshot(plain.run()), fast.snapshot(fast.run())
-    weights = [n for n in first if n.split(":")[1].startswith(("backbone", "head"))]
+    weights = [n for n, t in first.items() if n.split(":")[1].startswith(("backbone", "head")) and t.is_floating_point()]
     assert weights and first.keys() == second.keys()
     assert any(not torch.equal(first[n], second[n]) for n in weights)
     for name in weights:
@@ -309,8 +309,9 @@ def test_running_statistics_follow_their_policy(strategy: str, buffers: str, tmp
     if not aggregates(lab):
         assert not sent
         return
-    assert statistics & sent == (statistics if buffers == "average" else set())
-    if buffers == "local":
+    own = statistics & set(lab.site.sharing.private)
+    assert statistics & sent == (statistics - own if buffers == "average" else set())
+    if own:
         check_own_statistics(lab, statistics)
     elif buffers == "drop":
         assert all(not statistics & lab.private(client).keys() for client in trained_by(lab))
@@ -354,7 +355,8 @@ def test_hooks_are_the_only_thing_a_strategy_changes(strategy: str, tmp_path: Pa
 
 
 def test_two_examples_and_one_epoch_are_enough(strategy: str, tmp_path: Path) -> None:
-    few = (Hospital("a", "CT", 2), Hospital("b", "US", 1), Hospital("c", "MRI", 5, val=0, test=0))
+    least = 2 if "model__norm" in NEEDS.get(strategy, {}) else 1  # BatchNorm cannot train on one
+    few = (Hospital("a", "CT", 2), Hospital("b", "US", least), Hospital("c", "MRI", 5, val=0, test=0))
     lab = make_lab(tmp_path, strategy, hospitals=few)
     found = lab.evaluate(lab.run(), finetune=True)
     assert found.clients["c"]["personal"] is None and found.views["personal"] is not None
