@@ -32,6 +32,7 @@ STRATEGIES = {
     "fedprox": "omnifm.federation.strategies.fedprox:FedProx",
     "fedper": "omnifm.federation.strategies.fedper:FedPer",
     "fedbn": "omnifm.federation.strategies.fedbn:FedBN",
+    "scaffold": "omnifm.federation.strategies.scaffold:Scaffold",
     "fedavgm": "omnifm.federation.strategies.fedavgm:FedAvgM",
     "fedadam": "omnifm.federation.strategies.fedadam:FedAdam",
     "fedyogi": "omnifm.federation.strategies.fedyogi:FedYogi",

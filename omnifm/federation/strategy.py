@@ -167,6 +167,16 @@ class Strategy:
         if self.neighbourhoods:
             self.neighbourhoods.receive(server, reply)
 
+    def _receive_uniform(self, reply: Reply) -> None:
+        """Take in one reply where the paper's mean is uniform: parameters count the same from all, buffers as in FedAvg."""
+        buffers = {n: t for n, t in reply.tensors.items() if n in self.buffers}
+        self._mean.add({n: t for n, t in reply.tensors.items() if n not in buffers}, 1)
+        self._mean.add(buffers, self.context.weight(reply.num_examples))
+
+    def _holders(self, name: str) -> int:
+        """Return how many of the federation's clients have a tensor."""
+        return sum(name in self.holds.get(info.id, (name,)) for info in self.context.clients)
+
     def end_round(self, server: ServerState, round_index: int) -> dict[str, Any]:
         """Turn what was received into the next state. Returns facts for the round's event."""
         del round_index

@@ -133,7 +133,7 @@ def test_clients_that_do_not_take_part_keep_their_private_state(strategy: str, t
         before = seen[index - 1] if index else {h.id: {} for h in HOSPITALS}
         for h in HOSPITALS:
             changed = bool(differing(before[h.id], seen[index][h.id]))
-            assert changed == (bool(lab.site.sharing.private) and not lab.strategy.pooled and h.id in sampled)
+            assert changed == (bool(final["a"]) and not lab.strategy.pooled and h.id in sampled)
 
 
 def test_a_client_that_never_takes_part_can_be_evaluated(strategy: str, tmp_path: Path) -> None:
