@@ -33,6 +33,7 @@ STRATEGIES = {
     "fedper": "omnifm.federation.strategies.fedper:FedPer",
     "fedbn": "omnifm.federation.strategies.fedbn:FedBN",
     "scaffold": "omnifm.federation.strategies.scaffold:Scaffold",
+    "feddyn": "omnifm.federation.strategies.feddyn:FedDyn",
     "fedavgm": "omnifm.federation.strategies.fedavgm:FedAvgM",
     "fedadam": "omnifm.federation.strategies.fedadam:FedAdam",
     "fedyogi": "omnifm.federation.strategies.fedyogi:FedYogi",
