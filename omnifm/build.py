@@ -37,6 +37,7 @@ STRATEGIES = {
     "fedavgm": "omnifm.federation.strategies.fedavgm:FedAvgM",
     "fedadam": "omnifm.federation.strategies.fedadam:FedAdam",
     "fedyogi": "omnifm.federation.strategies.fedyogi:FedYogi",
+    "fedrep": "omnifm.federation.strategies.fedrep:FedRep",
     "adcol": "omnifm.federation.strategies.adcol:ADCOL",
     "feddat": "omnifm.federation.strategies.feddat:FedDAT",
     "feddg": "omnifm.federation.strategies.feddg:FedDG",

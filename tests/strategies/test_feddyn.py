@@ -26,7 +26,7 @@ def lab_of(folder: Path, alpha: float, strategy: str = "feddyn") -> Lab:
 
 @pytest.mark.parametrize("schedule", [EVERYBODY, PAIRS])
 def test_three_parabolas_are_minimised_to_the_optimum_of_all(schedule: Sequence[Sequence[str]], tmp_path: Path) -> None:
-    """-0.857143, where each client goes to the end of its own objective. FedAvg and FedProx stop elsewhere."""
+    """-0.857143, where each client goes to the end of its own objective. FedAvg stops elsewhere."""
     server, _ = minimise(lab_of(tmp_path / "1", 1.0).strategy, 200, 100, 0.1, schedule)
     assert float(server.shared["theta"]) == pytest.approx(-0.857143, abs=1e-6) == OPTIMUM
     plain, _ = minimise(lab_of(tmp_path / "2", 1.0, "fedavg").strategy, 200, 100, 0.1, schedule)
