@@ -38,6 +38,7 @@ STRATEGIES = {
     "fedadam": "omnifm.federation.strategies.fedadam:FedAdam",
     "fedyogi": "omnifm.federation.strategies.fedyogi:FedYogi",
     "fedrep": "omnifm.federation.strategies.fedrep:FedRep",
+    "ditto": "omnifm.federation.strategies.ditto:Ditto",
     "adcol": "omnifm.federation.strategies.adcol:ADCOL",
     "feddat": "omnifm.federation.strategies.feddat:FedDAT",
     "feddg": "omnifm.federation.strategies.feddg:FedDG",

@@ -31,6 +31,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "neighbourhood_band": (NEIGHBOURS, 2),
     "mu": ({}, 1.0),
     "preset": ({}, "paper"),
+    "personal_pull": ({}, 0.1),
     "head_share": ({}, 0.3),
     "beta": ({}, 0.0),
     "beta1": ({}, 0.0),

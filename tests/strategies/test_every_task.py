@@ -10,7 +10,7 @@ from tests.tasks.atlas import COHORTS, make_cohorts
 from tests.tasks.test_mixed import raw
 from tests.tasks.test_vqa import fake_words
 
-STRATEGIES = ["fedadam", "scaffold", "feddyn", "fedrep", "adcol", "feddat", "feddg", "gpfl", "harmofl", "lora"]
+STRATEGIES = ["fedadam", "scaffold", "feddyn", "fedrep", "ditto", "adcol", "feddat", "feddg", "gpfl", "harmofl", "lora"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
