@@ -124,7 +124,8 @@ def test_other_files_a_resumed_run_needs(name: str, damage: str, data: Path, tmp
     DAMAGES[damage](run / name)
     with pytest.raises(OmnifmError) as caught:
         execute(config(data, "local"), run, resume=True)
-    assert str(run if (name, damage) == ("config.toml", "missing") else run / name) in str(caught.value)
+    # Half a config may be a whole one with fewer keys: then it is another config than the run's, and the run is named.
+    assert str(run if name == "config.toml" else run / name) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
