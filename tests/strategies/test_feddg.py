@@ -163,10 +163,10 @@ Change = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: {}, "are missing"),
-        (lambda x: {n: t[:, :, 1:] for n, t in x.items()}, "have shape"),
-        (lambda x: {n: t[:0] for n, t in x.items()}, "have shape"),
-        (lambda x: {n: t * float("nan") for n, t in x.items()}, "are not finite"),
+        (lambda x: {}, "is missing"),
+        (lambda x: {n: t[:, :, 1:] for n, t in x.items()}, "has shape"),
+        (lambda x: {n: t[:0] for n, t in x.items()}, "has shape"),
+        (lambda x: {n: t * float("nan") for n, t in x.items()}, "is not finite"),
         (lambda x: {n: -t for n, t in x.items()}, "negative"),
         (lambda x: {"feddg/amplitude/1xbig": x[SHAPE]}, "no known shape"),
     ],
@@ -176,7 +176,7 @@ def test_bad_amplitudes_name_the_client(change: Change, message: str, tmp_path: 
         return replace(reply, extra=change(reply.extra)) if reply.client == "c" else reply
 
     lab = make_lab(tmp_path, "feddg", engine=lambda site: Altered(site, alter))
-    with pytest.raises(FederationError, match=rf"client c, round 0: the amplitudes of its images .*{message}") as caught:
+    with pytest.raises(FederationError, match=rf"client c, round 0: its part of the bank .*{message}") as caught:
         lab.run()
     assert "\n" not in str(caught.value)
 

@@ -33,12 +33,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from omnifm import seeds
-from omnifm.errors import FederationError
+from omnifm.federation.amplitudes import check_windows, shape_name, windows_of
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import LocalJob, ServerState
 from omnifm.federation.strategy import Step, Strategy, StrategyOptions
 from omnifm.federation.tap import Tap
-from omnifm.spectral.fft import window_amplitude, window_radius, with_window
+from omnifm.spectral.fft import with_window
 from omnifm.tasks.base import Batch, Model
 
 _AMPLITUDE = "feddg/amplitude/"
@@ -80,7 +80,7 @@ class FedDG(Strategy):
             generator = seeds.generator(job.seed, "feddg", "bank", job.client)
             index = torch.randperm(total, generator=generator)[: math.ceil(self.options.bank_share * total)]
             image = job.data.train.batch(index.sort().values).image
-            found[_AMPLITUDE + _shape(image)] = window_amplitude(image, self._radius(image))
+            found[_AMPLITUDE + shape_name(image)] = windows_of(image, self.options.window)
         return found
 
     def described(self, server: ServerState, replies: Mapping[str, Reply]) -> None:
@@ -88,33 +88,14 @@ class FedDG(Strategy):
         super().described(server, replies)
         for client in sorted(info.id for info in self.context.clients) if self.options.styles else ():
             extra = replies[client].extra if client in replies else {}
-            name, amplitudes = self._checked(client, {n: t for n, t in extra.items() if n.startswith(_AMPLITUDE)})
+            own = {n: t for n, t in extra.items() if n.startswith(_AMPLITUDE)}
+            name, amplitudes = check_windows(client, "its part of the bank", own, _AMPLITUDE, self.options.window, 1)
             server.extra[f"{name}/{client}"] = amplitudes
 
     def extra_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
         """The bank without the client's own part."""
         bank = {n: t for n, t in server.extra.items() if n.startswith(_AMPLITUDE)}
         return {n: t for n, t in bank.items() if n.removeprefix(_AMPLITUDE).partition("/")[2] != client}
-
-    def _radius(self, image: Tensor) -> int:
-        return window_radius(self.options.window, *image.shape[-2:])
-
-    def _checked(self, client: str, found: Mapping[str, Tensor]) -> tuple[str, Tensor]:
-        """Raise FederationError unless the client sent amplitudes of the shape their name asks for, all finite."""
-        who = f"client {client}, round 0: the amplitudes of its images"
-        if len(found) != 1:
-            raise FederationError(f"{who} are missing, or of several shapes")
-        ((name, tensor),) = found.items()
-        shape = name.removeprefix(_AMPLITUDE).split("x")
-        if len(shape) != 3 or not all(side.isdecimal() for side in shape):
-            raise FederationError(f"{who} are of images of no known shape")
-        channels, height, width = map(int, shape)
-        radius = window_radius(self.options.window, height, width)
-        if tensor.dim() != 4 or not len(tensor) or tensor.shape[1:] != (channels, 2 * radius + 1, radius + 1):
-            raise FederationError(f"{who} have shape {tuple(tensor.shape)}, not (n, {channels}, {2 * radius + 1}, {radius + 1})")
-        if not bool(tensor.isfinite().all()) or bool((tensor < 0).any()):
-            raise FederationError(f"{who} are not finite, or negative")
-        return name, tensor
 
     # ------------------------------------------------------------------ the episode
     def correct(self, step: Step) -> None:
@@ -141,7 +122,7 @@ class FedDG(Strategy):
     def _others(self, step: Step) -> list[Batch]:
         """Return the batch in the style of others, as many times as there are styles."""
         job = step.job
-        prefix = f"{_AMPLITUDE}{_shape(step.batch.image)}/"
+        prefix = f"{_AMPLITUDE}{shape_name(step.batch.image)}/"
         banks = [job.received[name] for name in sorted(job.received) if name.startswith(prefix)]
         generator = seeds.generator(job.seed, "feddg", job.round, job.client, job.steps)
         return [self._styled(step.batch, banks, generator) for _ in range(self.options.styles)] if banks else []
@@ -152,10 +133,6 @@ class FedDG(Strategy):
         given = [banks[i][int(torch.randint(len(banks[i]), (1,), generator=generator))] for i in owner]
         share = torch.rand(len(image), 1, 1, 1, generator=generator).to(image.device) if self.options.interpolate else 1.0
         return batch._replace(image=with_window(image, torch.stack(given).to(image.device), share).clamp(0, 1))
-
-
-def _shape(image: Tensor) -> str:
-    return "x".join(map(str, image.shape[1:]))
 
 
 def boundary_loss(tokens: Tensor, others: Tensor, batch: Batch) -> Tensor | None:

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from omnifm.errors import FederationError
 from omnifm.federation.aggregation import RunningMean
+from omnifm.federation.amplitudes import check_windows, shape_name, windows_of
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import Context, LocalJob, ServerState
 from omnifm.federation.strategy import Step, Strategy, StrategyOptions
-from omnifm.spectral.fft import window_amplitude, window_radius, with_window
+from omnifm.spectral.fft import with_window
 from omnifm.tasks.base import Batch
 
 _AMPLITUDE = "harmofl/amplitude/"
@@ -67,8 +68,8 @@ class HarmoFL(Strategy):
         total, shape = torch.zeros(()), ""
         for part in torch.arange(len(job.data.train)).split(_BATCH):
             image = job.data.train.batch(part).image
-            shape = _shape(image)
-            amplitude = window_amplitude(image, window_radius(self.options.window, *image.shape[-2:])).double()
+            shape = shape_name(image)
+            amplitude = windows_of(image, self.options.window).double()
             total = total + (amplitude.log1p() if self.options.log_mean else amplitude).sum(dim=0)
         found[_AMPLITUDE + shape] = (total / len(job.data.train)).float()
         return found
@@ -81,7 +82,8 @@ class HarmoFL(Strategy):
         mean = RunningMean()
         for client in sorted(info.id for info in self.context.clients):
             extra = replies[client].extra if client in replies else {}
-            mean.add(_checked(client, {n: t for n, t in extra.items() if n.startswith(_AMPLITUDE)}, self.options.window), 1)
+            own = {n: t for n, t in extra.items() if n.startswith(_AMPLITUDE)}
+            mean.add(dict([check_windows(client, "its mean amplitude", own, _AMPLITUDE, self.options.window, 0)]), 1)
         found = mean.value()
         server.extra.update({n: t.expm1() for n, t in found.items()} if self.options.log_mean else found)
 
@@ -94,9 +96,9 @@ class HarmoFL(Strategy):
         """Give the images the federation's amplitude."""
         if not self.options.amplitude_norm:
             return batch
-        amplitude = job.received.get(_AMPLITUDE + _shape(batch.image))
+        amplitude = job.received.get(_AMPLITUDE + shape_name(batch.image))
         if amplitude is None:
-            raise FederationError(f"client {job.client}: there is no mean amplitude for images of {_shape(batch.image)}")
+            raise FederationError(f"client {job.client}: there is no mean amplitude for images of {shape_name(batch.image)}")
         return batch._replace(image=with_window(batch.image, amplitude.to(batch.image.device)))
 
     # ------------------------------------------------------------------ weight perturbation
@@ -121,25 +123,3 @@ class HarmoFL(Strategy):
 def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
-
-
-def _shape(image: Tensor) -> str:
-    return "x".join(map(str, image.shape[1:]))
-
-
-def _checked(client: str, amplitudes: Mapping[str, Tensor], window: float) -> Mapping[str, Tensor]:
-    """Raise FederationError unless there is one mean amplitude, of the shape its name asks for and finite."""
-    who = f"client {client}, round 0: its mean amplitude"
-    if len(amplitudes) != 1:
-        raise FederationError(f"{who} is missing, or there is more than one")
-    ((name, tensor),) = amplitudes.items()
-    try:
-        channels, height, width = map(int, name.removeprefix(_AMPLITUDE).split("x"))
-    except ValueError:
-        raise FederationError(f"{who} is of images of no known shape") from None
-    radius = window_radius(window, height, width)
-    if tensor.shape != (channels, 2 * radius + 1, radius + 1):
-        raise FederationError(f"{who} has shape {tuple(tensor.shape)}, not {(channels, 2 * radius + 1, radius + 1)}")
-    if not bool(tensor.isfinite().all()) or bool((tensor < 0).any()):
-        raise FederationError(f"{who} is not finite, or negative")
-    return amplitudes
