@@ -84,7 +84,7 @@ def _is_finished(config: Config, out: Path, resume: bool) -> bool:
     if not resume:
         raise CheckpointError(f"{out}: already holds a run; continue it with --resume, or name another folder with --out")
     if digest(load(out / "config.toml")) != digest(config):
-        raise CheckpointError(f"{out}: was started with another config; --resume needs the same one")
+        raise CheckpointError(f"{out / 'config.toml'}: the run was started with another config; --resume needs the same one")
     return (out / "metrics.json").is_file() and (out / "report.html").is_file()
 
 

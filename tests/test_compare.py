@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import omnifm.run
+from omnifm.build import STRATEGIES
 from omnifm.compare import Cell, Variant, compare, plan_cells, read_variants, run_cells
 from omnifm.errors import CheckpointError, ConfigError
 from tests.run import jobs, killed
@@ -227,8 +228,9 @@ def test_missing_variants_and_good_ones(tmp_path: Path) -> None:
     assert slow.overrides == ("optimiser.lr=0.001", "federation.local_epochs=2")
 
 
+KNOWN = ", ".join(sorted(STRATEGIES))
 BAD_PLANS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "unknown strategy": (lambda job: cells_of(job, "fedavgg"), "strategy = 'fedavgg': unknown; known are "),
+    "unknown strategy": (lambda job: cells_of(job, "fedavgg"), f"strategy = 'fedavgg': unknown; known are {KNOWN}"),
     "participation of 0": (lambda job: cells_of(job, "local", levels=(0.0,)), "participation: Input should be greater than 0"),
     "participation above 1": (lambda job: cells_of(job, "local", levels=(1.5,)), "participation: Input should be less than"),
     "not a number": (lambda job: cells_of(job, "local", levels=(float("nan"),)), "participation: "),

@@ -8,7 +8,7 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omnifm.build import strategy_options
+from omnifm.build import STRATEGIES, strategy_options
 from omnifm.config import Config, digest, dump, load, parse, parse_override, put
 from omnifm.errors import ConfigError
 
@@ -71,7 +71,7 @@ def test_every_mistake_is_one_line_with_its_key(changes: Mapping[str, Any], mess
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategy": "fedsomething"}, "strategy = 'fedsomething': unknown; known are "),
+        ({"strategy": "fedsomething"}, f"strategy = 'fedsomething': unknown; known are {', '.join(sorted(STRATEGIES))}"),
         ({"strategies": {"fedprx": {}}}, "strategy = 'fedprx': unknown"),
         ({"strategies": {"fedprox": {"nu": 1}}}, "strategies.fedprox.nu: unknown key"),
         ({"strategies": {"fedprox": {"mu": -1}}}, "strategies.fedprox.mu: "),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from omnifm.build import STRATEGIES
 from omnifm.errors import DataError
 from omnifm.federation.messages import Request
 from omnifm.federation.state import LocalJob
@@ -147,6 +148,7 @@ def test_a_rate_that_is_far_too_high(strategy: str, omnifm: Command, job: Path) 
         assert all(bool(t.isfinite().all()) for t in read_tensors(path).values()), path
 
 
+KNOWN = ", ".join(sorted(STRATEGIES))
 SETTINGS: dict[str, tuple[str, str]] = {
     "unknown key": ("federation.round=3", "federation.round: unknown key"),
     "unknown section": ("federtion.rounds=3", "federtion: unknown key"),
@@ -156,7 +158,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "a section that is a value": ("federation=3", "federation: "),
     "out of range": ("federation.participation=0", "federation.participation: Input should be greater than 0"),
     "not a number": ("optimiser.lr=nan", "optimiser.lr: "),
-    "unknown strategy": ("strategy=fedavgg", "strategy = 'fedavgg': unknown; known are "),
+    "unknown strategy": ("strategy=fedavgg", f"strategy = 'fedavgg': unknown; known are {KNOWN}"),
     "unknown option of a strategy": ("strategies.fedprox.nu=1", "strategies.fedprox.nu: unknown key"),
     "options of an unknown strategy": ("strategies.fedpox.mu=1", "strategy = 'fedpox': unknown"),
     "no cohorts": ("federation.cohorts=[]", "federation.cohorts is empty"),
