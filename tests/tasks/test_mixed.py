@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from omnifm import build, run
 from omnifm.config import parse
 from omnifm.errors import ConfigError
+from omnifm.federation.messages import Request
 from omnifm.federation.store import ClientStore
 from omnifm.tasks.base import Task
-from omnifm.tasks.mixed import Mixed, MixedMetric
+from omnifm.tasks.mixed import Mixed, MixedHead, MixedMetric
 from tests.tasks.atlas import COHORTS, make_cohorts
 
 CLASSIFY, FUSE = "atlas_cls_t1", "atlas_fusion_ct"
@@ -83,6 +84,18 @@ def test_a_task_alone_in_the_mixture_learns_as_in_its_own_federation(atlas: Path
     # The networks of a mixture are drawn one after the other, so only the shapes are the same before training.
     assert all(mixed[name].shape == alone[name].shape for name in names)
     assert not any(".classification." in name for name in alone)
+
+
+def test_every_task_is_told_the_round_and_sees_its_own_parts(atlas: Path, tmp_path: Path) -> None:
+    config = parse(raw(atlas, "fedavg", CLASSIFY, FUSE))
+    data = build.load_data(config)
+    site = build.make_site(config, tmp_path / "clients", data)
+    task, seen = site.task, {}
+    assert isinstance(task, Mixed) and isinstance(site.model.head, MixedHead)
+    for kind, inner in task.tasks.items():
+        inner.begin_training = lambda model, round_index, kind=kind: seen.update({kind: (model.head, round_index)})  # type: ignore[misc]
+    site.handle(Request("train", 3, f"{FUSE}-0", site.initial_shared(), {}, {"epochs": 1}))
+    assert seen == {kind: (site.model.head.heads[kind], 3) for kind in ("classification", "fusion")}
 
 
 def test_tasks_with_the_same_network_share_it(atlas: Path) -> None:
