@@ -7,11 +7,11 @@
 a_i is the mean low-pass log-amplitude of client i's training images, a the mean over clients, c_j the mean of neighbourhood
 j's members, N_j the examples it has learned from so far. The server holds one accumulator per neighbourhood, at most
 `max_neighbourhoods`. A client alone in its neighbourhood gets the global mean; with `neighbourhood_alone = "own"` it keeps
-its own backbone, and the spectral path (`Model.path`) is the global mean. What leaves a client for this is one averaged
+what it sent, but for what the strategy names as common to all (OmniFM: the spectral path). What leaves a client for this is one averaged
 amplitude spectrum, once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -26,8 +26,6 @@ from omnifm.federation.state import Context, LocalJob, ServerState
 from omnifm.spectral.signature import client_signature, cluster
 
 _BATCH = 64
-PATH = "path."
-"""What the tensors of `Model.path` begin with."""
 
 
 class NeighbourhoodOptions(BaseModel):
@@ -44,7 +42,7 @@ class NeighbourhoodOptions(BaseModel):
     )
     neighbourhood_alone: Literal["global", "own"] = Field(
         "global",
-        description="A client without a peer gets the global mean; or keeps to its own, and the spectral path alone is global.",
+        description="A client without a peer gets the global mean; or keeps to its own, but for OmniFM's spectral path.",
     )
     neighbourhood_band: int = Field(16, ge=2, description="Lowest frequencies of the spectra that are compared.")
 
@@ -103,7 +101,7 @@ class Neighbourhoods:
     def _keep(server: ServerState, j: int, tensors: Mapping[str, Tensor]) -> None:
         server.extra.update({f"neighbourhood/{j}/{name}": tensor for name, tensor in tensors.items()})
 
-    def tensors_for(self, server: ServerState, client: str) -> dict[str, Tensor]:
+    def tensors_for(self, server: ServerState, client: str, common: Collection[str] = ()) -> dict[str, Tensor]:
         """Return the client's neighbourhood mean, drawn to the global mean while the neighbourhood has seen few examples."""
         assigned = server.meta["neighbourhoods"]
         j = assigned[client]
@@ -114,8 +112,8 @@ class Neighbourhoods:
         alpha = examples / (examples + self._options.neighbourhood_shrinkage)
         own = {name: server.extra[f"neighbourhood/{j}/{name}"] for name in server.shared}
         if alone:
-            # What reads spectra is what unlike modalities have in common; without it, the client would be on its own.
-            own |= {name: tensor for name, tensor in server.shared.items() if name.startswith(PATH)}
+            # Without what even unlike modalities have in common, the client would be on its own.
+            own |= {name: tensor for name, tensor in server.shared.items() if name in common}
         return {n: torch.lerp(server.shared[n], t, alpha) if t.is_floating_point() else t for n, t in own.items()}
 
     def begin_round(self) -> None:

@@ -76,6 +76,8 @@ class Strategy:
     """False: no two clients' tensors are ever averaged, so options of averaging are a mistake."""
     buffers: frozenset[str] = frozenset()
     """Names of the tensors that are no parameters (running statistics, counters); set where the model is built."""
+    common: frozenset[str] = frozenset()
+    """Names of the tensors that even a client without a peer shares with everybody; `setup` knows them."""
     holds: Mapping[str, frozenset[str]] = MappingProxyType({})
     """By client, the names of the tensors it has; a client that is not here has all. Set where the site is built."""
 
@@ -147,7 +149,7 @@ class Strategy:
 
     def shared_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
         """Return the shared tensors that `client` gets."""
-        return self.neighbourhoods.tensors_for(server, client) if self.neighbourhoods else server.shared
+        return self.neighbourhoods.tensors_for(server, client, self.common) if self.neighbourhoods else server.shared
 
     def extra_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
         """Return the further tensors that `client` gets with a training or evaluation request."""

@@ -98,14 +98,7 @@ def fields(options: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-# All that FedDAT shares is in the path, which is global for a client without a peer whatever is set.
-NOTHING_TO_KEEP = {("feddat", "neighbourhood_alone")}
-CASES = [
-    (s, option)
-    for s in sorted(STRATEGIES)
-    for option in fields(lookup(STRATEGIES, "strategy", s).Options)
-    if (s, option) not in NOTHING_TO_KEEP
-]
+CASES = [(s, option) for s in sorted(STRATEGIES) for option in fields(lookup(STRATEGIES, "strategy", s).Options)]
 
 
 @cache

@@ -103,6 +103,8 @@ class OmniFM(Strategy):
         """Put the spectral path between backbone and head, unless every switch is off."""
         if self.options.any:
             model.path = SpectralPath(self.options, model.backbone.token_dim)
+            # What reads spectra is what unlike modalities have in common.
+            self.common = names_under(model, model.path)
 
     def private(self, model: Model) -> frozenset[str]:
         """The suffix always; head, block and norms by option."""
