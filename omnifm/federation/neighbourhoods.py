@@ -7,8 +7,8 @@
 a_i is the mean low-pass log-amplitude of client i's training images, a the mean over clients, c_j the mean of neighbourhood
 j's members, N_j the examples it has learned from so far. The server holds one accumulator per neighbourhood, at most
 `max_neighbourhoods`. A client alone in its neighbourhood gets the global mean; with `neighbourhood_alone = "own"` it keeps
-what it sent, but for what the strategy names as common to all (OmniFM: the spectral path). What leaves a client for this is one averaged
-amplitude spectrum, once.
+what it sent, but for what the strategy names as common to all (OmniFM: the spectral path). What leaves a client for this is
+one averaged amplitude spectrum, once.
 """
 
 from collections.abc import Collection, Mapping

@@ -168,6 +168,8 @@ def config(data: Path, strategy: str, **options: Any) -> dict[str, Any]:
     return {**raw, "task": "darkness", "optimiser": {"name": "adamw", "lr": 0.02, "batch_size": 8}}
 
 
+# Methods that train a part of the network at a time, begin with much that is random, or blur what is to be learned.
+LONGER = {name: {"local_epochs": 3} for name in ("gpfl", "feddat", "fedrep", "harmofl")}
 # Servers that move a parameter by about so much a round, however far its clients went.
 TO_LEARN_SOON = {"fedadam": {"server_step": 0.1}, "fedyogi": {"server_step": 0.1}}
 
@@ -183,8 +185,7 @@ def test_a_task_that_is_written_here_runs_from_config_to_report(strategy: str, d
             run.execute(parse(config(data, strategy)), tmp_path / "out")
         return
     raw = config(data, strategy)
-    if strategy == "gpfl":
-        raw["federation"]["local_epochs"] = 3  # the map under its head is random at first
+    raw["federation"] |= LONGER.get(strategy, {})
     raw["strategies"] |= {strategy: TO_LEARN_SOON[strategy]} if strategy in TO_LEARN_SOON else {}
     metrics = run.execute(parse(raw), tmp_path / "out")
     personal, worst = metrics["test"]["personal"], metrics["test"]["worst"]
