@@ -37,6 +37,10 @@ STRATEGIES = {
     "gpfl": "omnifm.federation.strategies.gpfl:GPFL",
     "harmofl": "omnifm.federation.strategies.harmofl:HarmoFL",
     "lora": "omnifm.federation.strategies.lora:LoRA",
+    "median": "omnifm.federation.strategies.median:Median",
+    "trimmed_mean": "omnifm.federation.strategies.trimmed_mean:TrimmedMean",
+    "multikrum": "omnifm.federation.strategies.multikrum:MultiKrum",
+    "clipped_mean": "omnifm.federation.strategies.clipped_mean:ClippedMean",
     "omnifm": "omnifm.federation.strategies.omnifm:OmniFM",
 }
 TASKS = {
@@ -165,6 +169,7 @@ def make_model(config: Config, task: Task, strategy: Strategy) -> Model:
     try:
         with seeds.scope(config.seed, "init", "strategy"):
             strategy.setup(model)
+            strategy.buffers = frozenset(name for name, _ in model.named_buffers())
             model.eval()
             with torch.no_grad():
                 for inputs in task.probes():

@@ -263,6 +263,7 @@ def make_lab(
     )
     clients = tuple(h.id for h in hospitals)
     site = Site(partial(build.make_model, config, task, site_strategy), task, site_strategy, clients, store, local)
+    server_strategy.buffers = site_strategy.buffers
     drawn = draw_schedule(clients, config.federation.rounds, config.federation.participation, config.seed)
     saved = Checkpoint(folder) if checkpoint else None
     return Lab(

@@ -28,6 +28,12 @@ class StrategyOptions(NeighbourhoodOptions):
     server_step: float = Field(1.0, gt=0, le=1, description="theta <- theta + server_step * (mean - theta).")
 
 
+class OneMeanOptions(StrategyOptions):
+    """Options of a strategy whose server has a rule of its own for one model; spectral neighbourhoods are refused."""
+
+    aggregation: Literal["mean"] = Field("mean", description="One model for all.")
+
+
 def no_pass(batch: Batch) -> tuple[Output, Tensor]:
     """Stand in for a step's further pass where there is no task."""
     raise NotImplementedError(f"a batch of {len(batch.row)} has no task to pass through")
@@ -67,6 +73,10 @@ class Strategy:
     """True: one model is trained on the data of all clients, gathered in one place."""
     averages: ClassVar[bool] = True
     """False: no two clients' tensors are ever averaged, so options of averaging are a mistake."""
+    tolerates_nonfinite: ClassVar[bool] = False
+    """True: a reply that is not finite is left out of its round, and counted; by default it ends the run."""
+    buffers: frozenset[str] = frozenset()
+    """Names of the tensors that are no parameters (running statistics, counters); set where the model is built."""
 
     def __init__(self, options: StrategyOptions, context: Context) -> None:
         if not self.averages and (options.aggregation != "mean" or options.server_step != 1):

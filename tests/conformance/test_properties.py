@@ -334,6 +334,9 @@ def check_averaged_statistics(lab: Lab, server: ServerState) -> None:
     weights = [lab.strategy.context.weight(reply.num_examples) for reply in last]
     sums = sum(w * r.tensors["backbone.norm.running_mean"].double() for w, r in zip(weights, last, strict=True))
     mean = sums / sum(weights)
+    if lab.strategy.tolerates_nonfinite:
+        # One hostile client moves a mean as far as it likes.
+        mean = torch.stack([reply.tensors["backbone.norm.running_mean"].double() for reply in last]).quantile(0.5, dim=0)
     torch.testing.assert_close(server.shared["backbone.norm.running_mean"].double(), mean, atol=1e-7, rtol=1e-6)
     counts = [int(reply.tensors["backbone.norm.num_batches_tracked"]) for reply in last]
     assert int(server.shared["backbone.norm.num_batches_tracked"]) == max(counts)
