@@ -41,6 +41,8 @@ STRATEGIES = {
     "trimmed_mean": "omnifm.federation.strategies.trimmed_mean:TrimmedMean",
     "multikrum": "omnifm.federation.strategies.multikrum:MultiKrum",
     "clipped_mean": "omnifm.federation.strategies.clipped_mean:ClippedMean",
+    "fedgma": "omnifm.federation.strategies.fedgma:FedGMA",
+    "and_mask": "omnifm.federation.strategies.and_mask:AndMask",
     "omnifm": "omnifm.federation.strategies.omnifm:OmniFM",
 }
 TASKS = {

@@ -54,6 +54,8 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "hostile": ({}, 0.0),
     "chosen": ({}, 1),
     "bound": ({}, 0.01),
+    "tau": ({"tau": 1.0}, 0.4),
+    "rescale": ({}, False),
     "head": ({}, "shared"),
     "private_block": ({}, False),
     "private_norms": ({}, True),
