@@ -43,6 +43,7 @@ STRATEGIES = {
     "clipped_mean": "omnifm.federation.strategies.clipped_mean:ClippedMean",
     "fedgma": "omnifm.federation.strategies.fedgma:FedGMA",
     "and_mask": "omnifm.federation.strategies.and_mask:AndMask",
+    "fediir": "omnifm.federation.strategies.fediir:FedIIR",
     "omnifm": "omnifm.federation.strategies.omnifm:OmniFM",
 }
 TASKS = {

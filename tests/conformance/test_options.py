@@ -56,6 +56,8 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "bound": ({}, 0.01),
     "tau": ({"tau": 1.0}, 0.4),
     "rescale": ({}, False),
+    "penalty": ({}, 0.1),
+    "ema": ({}, 0.5),
     "head": ({}, "shared"),
     "private_block": ({}, False),
     "private_norms": ({}, True),
