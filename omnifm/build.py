@@ -44,6 +44,7 @@ STRATEGIES = {
     "fedgma": "omnifm.federation.strategies.fedgma:FedGMA",
     "and_mask": "omnifm.federation.strategies.and_mask:AndMask",
     "fediir": "omnifm.federation.strategies.fediir:FedIIR",
+    "fedproto": "omnifm.federation.strategies.fedproto:FedProto",
     "omnifm": "omnifm.federation.strategies.omnifm:OmniFM",
 }
 TASKS = {

@@ -73,7 +73,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "mixing": ({}, "identity"),
     "rho": ({}, 0.5),
     "normalise": ({}, False),
-    "lam": ({}, 1.0),
+    "lam": ({"lam": 0.5}, 1.0),
     "variance_floor": ({}, 0.2),
     "head_dim": ({}, 6),
     "heads": ({}, 4),
