@@ -45,6 +45,7 @@ STRATEGIES = {
     "and_mask": "omnifm.federation.strategies.and_mask:AndMask",
     "fediir": "omnifm.federation.strategies.fediir:FedIIR",
     "fedproto": "omnifm.federation.strategies.fedproto:FedProto",
+    "moon": "omnifm.federation.strategies.moon:MOON",
     "omnifm": "omnifm.federation.strategies.omnifm:OmniFM",
 }
 TASKS = {

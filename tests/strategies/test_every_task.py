@@ -10,7 +10,7 @@ from tests.tasks.atlas import COHORTS, make_cohorts
 from tests.tasks.test_mixed import raw
 from tests.tasks.test_vqa import fake_words
 
-STRATEGIES = ["adcol", "feddat", "feddg", "fediir", "gpfl", "harmofl", "lora"]
+STRATEGIES = ["adcol", "feddat", "feddg", "fediir", "gpfl", "harmofl", "lora", "moon"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
