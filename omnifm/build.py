@@ -45,6 +45,15 @@ STRATEGIES = {
     "gpfl": "omnifm.federation.strategies.gpfl:GPFL",
     "harmofl": "omnifm.federation.strategies.harmofl:HarmoFL",
     "lora": "omnifm.federation.strategies.lora:LoRA",
+    "median": "omnifm.federation.strategies.median:Median",
+    "trimmed_mean": "omnifm.federation.strategies.trimmed_mean:TrimmedMean",
+    "multikrum": "omnifm.federation.strategies.multikrum:MultiKrum",
+    "clipped_mean": "omnifm.federation.strategies.clipped_mean:ClippedMean",
+    "fedgma": "omnifm.federation.strategies.fedgma:FedGMA",
+    "and_mask": "omnifm.federation.strategies.and_mask:AndMask",
+    "fediir": "omnifm.federation.strategies.fediir:FedIIR",
+    "fedproto": "omnifm.federation.strategies.fedproto:FedProto",
+    "moon": "omnifm.federation.strategies.moon:MOON",
     "omnifm": "omnifm.federation.strategies.omnifm:OmniFM",
 }
 TASKS = {

@@ -1,9 +1,10 @@
 """The one round loop."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,6 +15,8 @@ from omnifm.federation.client import POOLED
 from omnifm.federation.messages import Reply, Request, size_by_group
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy
+
+log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -60,7 +63,8 @@ def run_rounds(federation: Federation, server: ServerState, start: int, recorder
     """Run rounds `start`, `start + 1`, ... of the schedule, changing `server` in place.
 
     Raises:
-        FederationError: a reply is missing, does not fit, or is not finite. The last committed round is left as it was.
+        FederationError: a reply is missing, does not fit, or is not finite and the strategy does not discard it. The last
+            committed round is left as it was.
     """
     if start == 0:
         introduce(federation, server, recorder)
@@ -91,6 +95,14 @@ def _round(federation: Federation, server: ServerState, index: int, recorder: Re
     started, aggregating = time.perf_counter(), 0.0
     for reply in federation.engine.exchange(_requests(federation, server, index, sampled, down)):
         check_reply(reply, index, held(server.shared, federation.holds.get(reply.client)), down)
+        if complaint := not_finite(reply):
+            if not strategy.tolerates_nonfinite:
+                raise FederationError(f"client {reply.client}, round {index}: {complaint}")
+            log.warning("client %s, round %d: %s; its reply is discarded", reply.client, index, complaint)
+            # Its metrics may be no numbers either.
+            told = replace(reply, metrics={"loss": None, "discarded": complaint})
+            recorder.event(_client_event(told, index, down.pop(reply.client)))
+            continue
         mark = time.perf_counter()
         strategy.receive(server, reply)
         aggregating += time.perf_counter() - mark
@@ -98,8 +110,12 @@ def _round(federation: Federation, server: ServerState, index: int, recorder: Re
         recorder.event(_client_event(reply, index, down.pop(reply.client)))
     if down:
         raise FederationError(f"round {index}: no reply from client {min(down)}")
+    if not losses:
+        raise FederationError(f"round {index}: no client's reply is finite")
     mark = time.perf_counter()
     facts = strategy.end_round(server, index)
+    if strategy.tolerates_nonfinite:
+        facts["discarded"] = len(sampled) - len(losses)
     aggregating += time.perf_counter() - mark
     total = sum(count for _, count in losses.values())
     seconds = {"train": time.perf_counter() - started - aggregating, "aggregate": aggregating}
@@ -132,7 +148,7 @@ def held(tensors: Mapping[str, Tensor], names: frozenset[str] | None) -> Mapping
 
 
 def check_reply(reply: Reply, round_index: int, shared: Mapping[str, Tensor], asked: Collection[str]) -> None:
-    """Raise FederationError unless `reply` is one of this round's and its loss and tensors fit the model and are finite."""
+    """Raise FederationError unless `reply` is one of this round's, has a loss, and its tensors fit the model."""
     who = f"client {reply.client}, round {round_index}"
     if reply.client not in asked:
         raise FederationError(f"{who}: a reply that nobody waits for")
@@ -140,7 +156,7 @@ def check_reply(reply: Reply, round_index: int, shared: Mapping[str, Tensor], as
         raise FederationError(f"{who}: the reply is for {reply.kind} in round {reply.round}")
     if reply.num_examples <= 0:
         raise FederationError(f"{who}: the reply stands for {reply.num_examples} examples")
-    if not math.isfinite(reply.metrics.get("loss", math.nan)):
+    if "loss" not in reply.metrics:
         raise FederationError(f"{who}: the loss is missing or not finite")
     if reply.tensors.keys() != shared.keys():
         odd = min(reply.tensors.keys() ^ shared.keys())
@@ -150,9 +166,16 @@ def check_reply(reply: Reply, round_index: int, shared: Mapping[str, Tensor], as
             raise FederationError(f"{who}: tensor {name} has shape {tuple(tensor.shape)}, not {tuple(shared[name].shape)}")
         if tensor.dtype != shared[name].dtype:
             raise FederationError(f"{who}: tensor {name} is {tensor.dtype}, not {shared[name].dtype}")
-        # A sum is not finite if any element is not; one pass, no mask in memory. Sums overflow only beyond float32's range.
-        if tensor.is_floating_point() and not math.isfinite(float(tensor.sum())):
-            raise FederationError(f"{who}: tensor {name} is not finite")
+
+
+def not_finite(reply: Reply) -> str:
+    """Return what is not finite in a reply to a training request, in words; nothing if all is."""
+    if not math.isfinite(reply.metrics["loss"]):
+        return "the loss is missing or not finite"
+    # A sum is not finite if any element is not; one pass, no mask in memory. Sums overflow only beyond float32's range.
+    odd = (n for n, t in reply.tensors.items() if t.is_floating_point() and not math.isfinite(float(t.sum())))
+    name = next(odd, None)
+    return "" if name is None else f"tensor {name} is not finite"
 
 
 def _client_event(reply: Reply, index: int, down: Mapping[str, int]) -> dict[str, Any]:

@@ -74,6 +74,8 @@ class Strategy:
     """True: one model is trained on the data of all clients, gathered in one place."""
     averages: ClassVar[bool] = True
     """False: no two clients' tensors are ever averaged, so options of averaging are a mistake."""
+    tolerates_nonfinite: ClassVar[bool] = False
+    """True: a reply that is not finite is left out of its round, and counted; by default it ends the run."""
     buffers: frozenset[str] = frozenset()
     """Names of the tensors that are no parameters (running statistics, counters); set where the model is built."""
     common: frozenset[str] = frozenset()

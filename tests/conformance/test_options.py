@@ -36,7 +36,6 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "beta": ({}, 0.0),
     "beta1": ({}, 0.0),
     "beta2": ({}, 0.5),
-    "tau": ({}, 0.1),
     "amplitude_norm": ({}, False),
     "window": ({}, 0.2),
     "log_mean": ({}, True),
@@ -56,6 +55,13 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "average": ({}, "exact"),
     "reduction": ({}, 4),
     "temperature": ({}, 1.0),
+    "hostile": ({}, 0.0),
+    "chosen": ({}, 1),
+    "bound": ({}, 0.01),
+    "tau": ({"tau": 1.0}, 0.4),
+    "rescale": ({}, False),
+    "penalty": ({}, 0.1),
+    "ema": ({}, 0.5),
     "head": ({}, "shared"),
     "private_block": ({}, False),
     "private_norms": ({}, True),
@@ -71,7 +77,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "mixing": ({}, "identity"),
     "rho": ({}, 0.5),
     "normalise": ({}, False),
-    "lam": ({}, 1.0),
+    "lam": ({"lam": 0.5}, 1.0),
     "variance_floor": ({}, 0.2),
     "head_dim": ({}, 6),
     "heads": ({}, 4),
@@ -125,7 +131,9 @@ def test_every_option_is_used(strategy: str, option: str) -> None:
         after = outcome(strategy, json.dumps(changed(base, option, value)))
     except ConfigError as refusal:
         found = lookup(STRATEGIES, "strategy", strategy)
-        assert not found.averages or (issubclass(found.Options, OneMeanOptions) and "neighbours" in f"{base} {value}")
+        assert not found.averages or (
+            issubclass(found.Options, OneMeanOptions) and ("aggregation" in {option, *base} or "neighbours" in f"{base} {value}")
+        )
         assert "\n" not in str(refusal) and f"strategies.{strategy}" in str(refusal)
         return
     assert differing(before[0], after[0]) or before[1] != after[1]

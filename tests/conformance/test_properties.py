@@ -132,12 +132,14 @@ def test_clients_that_do_not_take_part_keep_their_private_state(strategy: str, t
     server = lab.run()
     lab.evaluate(server, finetune=True)
     final = {h.id: lab.private(h.id) for h in HOSPITALS}
+    keeps = any(final.values())  # private tensors, or a state of the strategy's
+    assert keeps or not lab.site.sharing.private or lab.strategy.pooled
     assert differing(final["d"], {}) == [] and differing(final["b"], seen[1]["b"]) == []
     for index, sampled in enumerate(ABSENT):
         before = seen[index - 1] if index else {h.id: {} for h in HOSPITALS}
         for h in HOSPITALS:
             changed = bool(differing(before[h.id], seen[index][h.id]))
-            assert changed == (bool(final["a"]) and not lab.strategy.pooled and h.id in sampled)
+            assert changed == (keeps and not lab.strategy.pooled and h.id in sampled)
 
 
 def test_a_client_that_never_takes_part_can_be_evaluated(strategy: str, tmp_path: Path) -> None:
@@ -349,6 +351,9 @@ def check_averaged_statistics(lab: Lab, server: ServerState) -> None:
     weights = [lab.strategy.context.weight(reply.num_examples) for reply in last]
     sums = sum(w * r.tensors["backbone.norm.running_mean"].double() for w, r in zip(weights, last, strict=True))
     mean = sums / sum(weights)
+    if lab.strategy.tolerates_nonfinite:
+        # One hostile client moves a mean as far as it likes.
+        mean = torch.stack([reply.tensors["backbone.norm.running_mean"].double() for reply in last]).quantile(0.5, dim=0)
     torch.testing.assert_close(server.shared["backbone.norm.running_mean"].double(), mean, atol=1e-7, rtol=1e-6)
     counts = [int(reply.tensors["backbone.norm.num_batches_tracked"]) for reply in last]
     assert int(server.shared["backbone.norm.num_batches_tracked"]) == max(counts)

@@ -60,6 +60,7 @@ ON_ANY: dict[str, tuple[Change, str]] = {
     "no loss": (lambda r: replace(r, metrics={}), "the loss is missing or not finite"),
 }
 CHANGES = ON_TENSORS | ON_ANY
+NOT_FINITE = {"not finite", "infinite", "loss"}
 
 
 def last_client(lab: Lab) -> str:
@@ -77,10 +78,13 @@ def test_a_reply_that_does_not_fit_is_refused_by_name(strategy: str, name: str, 
     change, message = CHANGES[name]
     lab = make_lab(tmp_path, strategy, checkpoint=True)
     if name in ON_TENSORS and not lab.site.sharing.shared:
-        assert strategy == "local"  # it sends no tensor that could be wrong
+        assert strategy in ("local", "fedproto")  # it sends no tensor that could be wrong
         return
     client = last_client(lab)
     lab.engine = Altered(lab.site, lambda reply: alter(reply, change, client))
+    if lab.strategy.tolerates_nonfinite and name in NOT_FINITE:
+        check_discarded(lab, client, message)
+        return
     with pytest.raises(FederationError, match=message) as caught:
         lab.run()
     assert str(caught.value).startswith(f"client {client}, round 1: ")
@@ -88,6 +92,16 @@ def test_a_reply_that_does_not_fit_is_refused_by_name(strategy: str, name: str, 
     assert lab.checkpoint is not None
     server, record = lab.checkpoint.load()
     assert record["rounds_completed"] == 1 and all(bool(t.isfinite().all()) for t in server.shared.values())
+
+
+def check_discarded(lab: Lab, client: str, message: str) -> None:
+    """The round goes on without the reply, and says so."""
+    server = lab.run()
+    assert all(bool(t.isfinite().all()) for t in server.shared.values())
+    assert [e["discarded"] for e in lab.events if e["event"] == "round"] == [0, 1]
+    (event,) = (e for e in lab.events if e["event"] == "client" and "discarded" in e)
+    assert (event["client"], event["round"], event["loss"]) == (client, 1, None) and message in event["discarded"]
+    assert event["bytes_up"] and len([e for e in lab.events if e["event"] == "client"]) == 8
 
 
 @ALL

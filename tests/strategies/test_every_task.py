@@ -10,7 +10,27 @@ from tests.tasks.atlas import COHORTS, make_cohorts
 from tests.tasks.test_mixed import raw
 from tests.tasks.test_vqa import fake_words
 
-STRATEGIES = ["fedadam", "scaffold", "feddyn", "fedrep", "ditto", "adcol", "feddat", "feddg", "gpfl", "harmofl", "lora"]
+STRATEGIES = [
+    "fedadam",
+    "scaffold",
+    "feddyn",
+    "fedrep",
+    "ditto",
+    "adcol",
+    "feddat",
+    "feddg",
+    "fediir",
+    "gpfl",
+    "harmofl",
+    "lora",
+    "moon",
+    "median",
+    "trimmed_mean",
+    "multikrum",
+    "clipped_mean",
+    "fedgma",
+    "and_mask",
+]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -1,0 +1,125 @@
+"""FedIIR: clients keep the gradient of their classifier near the mean of all clients', so that none learns a shortcut of its own.
+
+    loss = L + penalty || grad_psi L - G ||_2^2          grad_psi L: of the batch, with respect to the head's own layers psi
+    G <- ema G + (1 - ema) sum_i sum_b g_ib / sum_i B_i                          b = 1 .. B_i: the batches of client i
+
+Guo, Guo, Cao, Wu, Chang, "Out-of-distribution generalization of federated learning via implicit invariant relationships", ICML
+2023, and the authors' code: penalty = 1e-3 (grid 1e-4 to 1e-2), ema = .95, G = 0 at first. The penalty's own gradient goes
+through grad_psi L into the backbone as well. A port that forgets to keep G has (1 - ema) times the mean for ever: not so here.
+
+Adaptation: there, the sampled clients first send g_ib at theta^t, in an exchange and a pass over the data of their own. Here they
+send what they saw while training, g_ib along the way, and G is used from the next round on; so it is one round old, its clients
+may be others, and the first round is FedAvg. Every step passes its batch twice: attention is taken apart in the second pass, as
+the fast one has no second derivative. psi is what personalised methods keep at the client; here it is shared like all else.
+
+traffic  psi each way, beside the model: the sum of gradients up, G down
+state    G at the server
+
+penalty = 0 is FedAvg, and sends nothing more.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from omnifm.errors import FederationError
+from omnifm.federation.messages import Reply
+from omnifm.federation.sharing import names_under
+from omnifm.federation.state import LocalJob, ServerState
+from omnifm.federation.strategy import Step, Strategy, StrategyOptions, Upload
+
+_MEAN, _SUM, _BATCHES = "fediir/mean/", "fediir/sum/", "fediir/batches"
+
+
+class FedIIROptions(StrategyOptions):
+    """FedIIR's two numbers."""
+
+    penalty: float = Field(1e-3, ge=0, description="Weight of the distance of gradients.")
+    ema: float = Field(0.95, ge=0, lt=1, description="What stays of the mean gradient from round to round.")
+
+
+class FedIIR(Strategy):
+    """FedAvg with matched gradients of the classifier."""
+
+    Options: ClassVar[type[StrategyOptions]] = FedIIROptions
+    options: FedIIROptions
+
+    # ------------------------------------------------------------------ the client
+    def begin(self, job: LocalJob) -> None:
+        """Look up psi and G; nothing is summed yet."""
+        own = names_under(job.model, job.model.head.own)
+        self._psi = {n: p for n, p in job.model.named_parameters() if n in own and p.requires_grad}
+        self._target = {n.removeprefix(_MEAN): t.to(job.device) for n, t in job.received.items() if n.startswith(_MEAN)}
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
+
+    def penalty(self, step: Step) -> Tensor | None:
+        """How far the batch's gradient is from G."""
+        if not self.options.penalty or not self._psi:  # a task may freeze its head for a round
+            return None
+        with sdpa_kernel(SDPBackend.MATH):
+            _, loss = step.again(step.batch)
+        found = torch.autograd.grad(loss, list(self._psi.values()), create_graph=bool(self._target), allow_unused=True)
+        # A part of the head that is for other clients has no gradient.
+        gradients = {n: g.float() for n, g in zip(self._psi, found, strict=True) if g is not None}
+        self._batches += 1
+        self._sums = {n: self._sums.get(n, 0) + g.detach() for n, g in gradients.items()}
+        terms = [(g - self._target[n]).square().sum() for n, g in gradients.items() if n in self._target]
+        return self.options.penalty * torch.stack(terms).sum() if terms else None
+
+    def finish(self, job: LocalJob) -> Upload:
+        """Send the sum of gradients and of how many batches it is."""
+        del job
+        if not self.options.penalty:
+            return Upload()
+        sums = {_SUM + name: total.cpu() for name, total in self._sums.items()}
+        return Upload({**sums, _BATCHES: torch.tensor(self._batches)})
+
+    # ------------------------------------------------------------------ the server
+    def extra_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
+        """G, once there is one."""
+        del client
+        return {n: t for n, t in server.extra.items() if n.startswith(_MEAN)}
+
+    def begin_round(self, server: ServerState) -> None:
+        """Wait for gradients."""
+        super().begin_round(server)
+        self._totals: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def receive(self, server: ServerState, reply: Reply) -> None:
+        """Add tensors to the mean, and gradients to theirs."""
+        super().receive(server, reply)
+        sums = {n.removeprefix(_SUM): t for n, t in reply.extra.items() if n.startswith(_SUM)}
+        batches = self._checked(server, reply, sums)
+        for name, total in sums.items():
+            self._totals[name] = self._totals[name] + total if name in self._totals else total
+            self._counts[name] = self._counts.get(name, 0) + batches
+
+    def _checked(self, server: ServerState, reply: Reply, sums: Mapping[str, Tensor]) -> int:
+        """Return how many batches the sums are of. Raises FederationError if they are missing, of other shape or not finite."""
+        who = f"client {reply.client}, round {reply.round}"
+        found = reply.extra.get(_BATCHES, torch.tensor(0))
+        batches = int(found) if found.shape == () else 0
+        if self.options.penalty and (_BATCHES not in reply.extra or batches < bool(sums)):
+            raise FederationError(f"{who}: of how many batches its gradients are is missing")
+        for name, total in sums.items():
+            if name not in server.shared or total.shape != server.shared[name].shape:
+                raise FederationError(f"{who}: the gradient of {name} has shape {tuple(total.shape)}")
+            if not bool(total.isfinite().all()):
+                raise FederationError(f"{who}: the gradient of {name} is not finite")
+        return batches
+
+    def end_round(self, server: ServerState, round_index: int) -> dict[str, Any]:
+        """Average, and move G."""
+        facts = super().end_round(server, round_index)
+        ema = self.options.ema
+        for name, total in self._totals.items():
+            new = (1 - ema) * total / self._counts[name]
+            old = server.extra.get(_MEAN + name)
+            server.extra[_MEAN + name] = new if old is None else ema * old + new
+        return facts

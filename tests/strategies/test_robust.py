@@ -1,0 +1,158 @@
+"""A fifth of the clients is hostile: the robust strategies hold the optimum of the others, the mean does not."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from omnifm.errors import FederationError
+from omnifm.federation.messages import Reply, Request
+from omnifm.federation.robust import hostile_among
+from tests.support import Altered, Hospital, Lab, make_lab
+
+ROBUST = ["median", "trimmed_mean", "multikrum", "clipped_mean"]
+CLIENTS = tuple(Hospital(name, "CT", 8) for name in "abcdefghij")
+HOSTILE = ("c", "h")
+RATE, SPREAD = 0.5, 0.1
+Tensors = dict[str, Tensor]
+
+
+def flipped(theta: Tensor, honest: Tensor) -> Tensor:
+    return -honest
+
+
+def reversed_and_scaled(theta: Tensor, honest: Tensor) -> Tensor:
+    return theta - 10 * (honest - theta)
+
+
+def scaled(theta: Tensor, honest: Tensor) -> Tensor:
+    return 100 * honest
+
+
+def huge(theta: Tensor, honest: Tensor) -> Tensor:
+    return torch.full_like(honest, 1e30)
+
+
+def no_number(theta: Tensor, honest: Tensor) -> Tensor:
+    return honest * float("nan")
+
+
+Attack = Callable[[Tensor, Tensor], Tensor]
+ATTACKS: list[Attack] = [flipped, reversed_and_scaled, scaled, huge, no_number]
+
+
+def noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else torch.zeros_like(tensor)
+
+
+@dataclass
+class Quadratic:
+    """Clients that step half the way to an optimum of their own, || theta - o_i ||^2; the hostile ones then attack."""
+
+    optima: dict[str, Tensors]
+    attack: Attack | None
+
+    def exchange(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        for request in requests:
+            own = self.optima[request.client]
+            tensors = {n: t + RATE * (own[n] - t) if t.is_floating_point() else t for n, t in request.tensors.items()}
+            if self.attack and request.client in HOSTILE:
+                tensors = {n: self.attack(request.tensors[n], t) if t.is_floating_point() else t for n, t in tensors.items()}
+            yield Reply("train", request.round, request.client, 8, tensors, metrics={"loss": 1.0})
+
+
+def quadratic(folder: Path, strategy: str, attack: Attack | None, norm: str = "group") -> tuple[Lab, Tensors]:
+    """Return a lab on the toy problem, and the optimum of the honest clients."""
+    lab = make_lab(folder, strategy, hospitals=CLIENTS, federation__rounds=20, model__norm=norm)
+    generator = torch.Generator().manual_seed(1)
+    centre = {n: noise(t, generator) for n, t in lab.untrained.items()}
+    optima = {h.id: {n: t + SPREAD * noise(t, generator) for n, t in centre.items()} for h in CLIENTS}
+    lab.engine = Quadratic(optima, attack)
+    honest = [optima[h.id] for h in CLIENTS if h.id not in HOSTILE]
+    return lab, {n: torch.stack([o[n] for o in honest]).double().mean(dim=0) for n, t in centre.items() if t.is_floating_point()}
+
+
+def distance(found: Tensors, optimum: Tensors) -> float:
+    """Root mean square over all coordinates."""
+    return float(torch.cat([(found[n] - t).flatten() for n, t in optimum.items()]).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("strategy", ROBUST)
+def test_a_fifth_of_hostile_clients_does_not_move_it_further_than_honest_ones_differ(
+    strategy: str, attack: Attack, norm: str, tmp_path: Path
+) -> None:
+    lab, optimum = quadratic(tmp_path, strategy, attack, norm)
+    assert distance(dict(lab.untrained), optimum) > 0.9
+    found = lab.run().shared
+    assert ("backbone.norm.running_mean" in optimum) == (norm == "batch"), "running statistics are attacked, too"
+    assert distance(found, optimum) < SPREAD / 2
+    rounds = [e["discarded"] for e in lab.events if e["event"] == "round"]
+    assert rounds == [len(HOSTILE) if attack is no_number else 0] * 20
+
+
+@pytest.mark.parametrize("attack", [a for a in ATTACKS if a is not no_number])
+def test_the_mean_is_moved_far(attack: Attack, tmp_path: Path) -> None:
+    lab, optimum = quadratic(tmp_path, "fedavg", attack)
+    try:
+        assert distance(lab.run().shared, optimum) > 4 * SPREAD
+    except FederationError as error:
+        assert "is not finite" in str(error)  # it grew until the hostile clients' replies overflowed
+
+
+def test_the_mean_ends_with_the_first_reply_that_is_no_number(tmp_path: Path) -> None:
+    with pytest.raises(FederationError, match=r"client c, round 0: tensor .* is not finite"):
+        quadratic(tmp_path, "fedavg", no_number)[0].run()
+
+
+@pytest.mark.parametrize("strategy", [*ROBUST, "fedavg"])
+def test_without_an_attack_all_find_the_optimum(strategy: str, tmp_path: Path) -> None:
+    lab, optimum = quadratic(tmp_path, strategy, None)
+    assert distance(lab.run().shared, optimum) < SPREAD
+
+
+def honest_loss(folder: Path, strategy: str) -> float:
+    """Return the mean loss of the honest clients in the last round of real training."""
+    hospitals = tuple(Hospital(name, m, 12) for name, m in zip("abcdefghij", ["CT", "MRI"] * 5, strict=True))
+    changes: dict[str, Any] = {"federation__rounds": 8, "federation__local_epochs": 5, "optimiser__lr": 0.3}
+    lab = make_lab(folder, strategy, hospitals=hospitals, **changes)
+
+    def attack(reply: Reply) -> Reply:
+        return replace(reply, tensors={n: -3 * t for n, t in reply.tensors.items()}) if reply.client in HOSTILE else reply
+
+    lab.engine = Altered(lab.site, attack)
+    lab.run()
+    last = [e for e in lab.events if e["event"] == "client" and e["round"] == 7 and e["client"] not in HOSTILE]
+    return sum(e["loss"] for e in last) / len(last)
+
+
+def test_real_training_goes_on_among_hostile_clients(tmp_path: Path) -> None:
+    found = {s: honest_loss(tmp_path / s, s) for s in (*ROBUST, "fedavg")}
+    assert found.pop("fedavg") > math.log(3), "the mean has learned nothing"
+    assert all(loss < 0.95 for loss in found.values()), found
+
+
+@pytest.mark.parametrize("strategy", ROBUST)
+def test_a_round_without_a_finite_reply_ends_the_run(strategy: str, tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, strategy)
+    lab.engine = Altered(lab.site, lambda r: replace(r, metrics={"loss": float("inf")}) if r.round else r)
+    with pytest.raises(FederationError, match="round 1: no client's reply is finite"):
+        lab.run()
+
+
+def test_a_discarded_reply_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lab, _ = quadratic(tmp_path, "median", no_number)
+    lab.run()
+    assert caplog.messages[0].startswith("client c, round 0: tensor ") and len(caplog.messages) == 40
+
+
+def test_a_share_of_clients_is_rounded_up() -> None:
+    assert [hostile_among(0.2, n) for n in (1, 4, 5, 6, 10, 15)] == [1, 1, 1, 2, 2, 3]
+    assert hostile_among(0.07, 100) == 7, "0.07 * 100 is a little more than 7"
+    assert hostile_among(0.0, 9) == 0
