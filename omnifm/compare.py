@@ -43,6 +43,10 @@ class Cell:
         label = "-".join(filter(None, (self.variant.strategy, self.variant.name)))
         return f"{label}-p{self.participation:g}-s{self.seed}"
 
+    def folder(self, out: Path) -> Path:
+        """Return the folder of its run in the comparison's folder."""
+        return out / "cells" / self.name
+
 
 def read_variants(path: Path) -> list[Variant]:
     """Read `[NAME]` tables with `strategy` and `set` from a TOML file.
@@ -56,7 +60,11 @@ def read_variants(path: Path) -> list[Variant]:
             raise ConfigError(f"{path}: [{name!r}] names a folder, so it may have letters, digits, '_', '-' and '.' only")
         if not isinstance(table, dict) or not _is_variant(table):
             raise ConfigError(f"{path}: [{name}] needs the key strategy, and may have set = ['key=value', ...]")
-    return [Variant(table["strategy"], name, tuple(table.get("set", ()))) for name, table in raw.items()]
+    # [fedprox-tuned] of strategy fedprox is its variant `tuned`.
+    return [
+        Variant(table["strategy"], name.removeprefix(f"{table['strategy']}-"), tuple(table.get("set", ())))
+        for name, table in raw.items()
+    ]
 
 
 def _is_variant(table: Mapping[str, Any]) -> bool:
@@ -91,29 +99,40 @@ def plan_cells(
     return cells
 
 
+Work = Callable[[Cell, Path], str]
+"""Runs a cell in its folder; returns `ok`, or the one line that says why it failed. Travels to other processes."""
+
+
 def run_cells(cells: Sequence[Cell], out: Path, jobs: int = 1) -> Iterator[tuple[Cell, str]]:
     """Run what is not finished; yield each cell and `ok`, or the one line that says why it failed."""
-    todo = [cell for cell in cells if not _finished(cell, out)]
+    todo = [cell for cell in cells if not finished(cell, out, "metrics.json")]
     yield from ((cell, "ok") for cell in cells if cell not in todo)
+    # Each cell has a process of its own, so that its peak memory is its own.
+    yield from side_by_side(_run_cell, todo, out, jobs, lasting=False)
+
+
+def side_by_side(work: Work, cells: Sequence[Cell], out: Path, jobs: int, *, lasting: bool) -> Iterator[tuple[Cell, str]]:
+    """Yield each cell and what `work` says of it, in the order in which they end. `lasting`: processes serve several cells."""
     if jobs == 1:
-        yield from ((cell, _run_cell(cell, out)) for cell in todo)
+        yield from ((cell, work(cell, out)) for cell in cells)
         return
     lost = []
-    for cell, outcome in _run_side_by_side(todo, out, jobs):
+    for cell, outcome in _in_pool(work, cells, out, jobs, lasting):
         if outcome is None:
             lost.append(cell)
         else:
             yield cell, outcome
     # A process that dies takes the pool's other cells with it: each gets another try, alone.
     for cell in lost:
-        _, outcome = next(_run_side_by_side([cell], out, 1))
+        _, outcome = next(_in_pool(work, [cell], out, 1, lasting))
         yield cell, outcome or "its process has died (killed, or out of memory)"
 
 
-def _run_side_by_side(cells: Sequence[Cell], out: Path, jobs: int) -> Iterator[tuple[Cell, str | None]]:
-    """Run each cell in a process of its own, so that its peak memory is its own; None is the outcome where the pool broke."""
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures: dict[Future[str], Cell] = {pool.submit(_run_cell, cell, out): cell for cell in cells}
+def _in_pool(work: Work, cells: Sequence[Cell], out: Path, jobs: int, lasting: bool) -> Iterator[tuple[Cell, str | None]]:
+    """Run cells in a pool; None is the outcome where it broke."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=None if lasting else 1) as pool:
+        futures: dict[Future[str], Cell] = {pool.submit(work, cell, out): cell for cell in cells}
         for future in as_completed(futures):
             try:
                 yield futures[future], future.result()
@@ -121,8 +140,9 @@ def _run_side_by_side(cells: Sequence[Cell], out: Path, jobs: int) -> Iterator[t
                 yield futures[future], None
 
 
-def _finished(cell: Cell, out: Path) -> bool:
-    path = out / "cells" / cell.name / "metrics.json"
+def finished(cell: Cell, out: Path, last: str) -> bool:
+    """Return whether `last`, the last file of a run of this very config, is in the cell's folder."""
+    path = cell.folder(out) / last
     try:
         return path.is_file() and read_json(path).get("config_hash") == digest(cell.config)
     except CheckpointError:
@@ -132,8 +152,13 @@ def _finished(cell: Cell, out: Path) -> bool:
 def _run_cell(cell: Cell, out: Path) -> str:
     from omnifm.run import execute
 
+    return outcome(execute, cell, out)
+
+
+def outcome(run: Callable[..., object], cell: Cell, out: Path) -> str:
+    """Run a cell; return `ok`, or the one line that says why it failed."""
     try:
-        execute(cell.config, out / "cells" / cell.name, resume=True)
+        run(cell.config, cell.folder(out), resume=True)
     except OmnifmError as error:
         return str(error)
     return "ok"
@@ -167,7 +192,7 @@ def cell_row(cell: Cell, status: str, out: Path) -> dict[str, Any]:
         "config_hash": digest(cell.config),
         "status": status,
     }
-    folder = out / "cells" / cell.name
+    folder = cell.folder(out)
     if status != "ok":
         return row
     metrics, machine = read_json(folder / "metrics.json"), read_json(folder / "environment.json")
@@ -184,7 +209,7 @@ def reference_rows(cells: Iterable[Cell], out: Path) -> list[dict[str, Any]]:
     """Return a line for each untrained reference of the task, once per seed and participation: it depends on the data alone."""
     rows: dict[tuple[float, int, str], dict[str, Any]] = {}
     for cell in cells:
-        for name, views in read_json(out / "cells" / cell.name / "metrics.json").get("references", {}).items():
+        for name, views in read_json(cell.folder(out) / "metrics.json").get("references", {}).items():
             key = {"strategy": name, "variant": "", "participation": cell.participation, "seed": cell.seed}
             line = {"cell": "", **key, "rounds": 0, "status": "reference", **_scores(views, ""), **_scores(views, "best_")}
             rows.setdefault((cell.participation, cell.seed, name), line)

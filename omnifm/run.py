@@ -1,8 +1,11 @@
 """One run from config to report: build, train round by round, evaluate, leave a folder that says all."""
 
+import json
 import resource
+import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,8 @@ from omnifm.track.recorder import RunRecorder, Watcher
 from omnifm.track.snapshots import save_bank
 from omnifm.track.summary import totals
 
+VALIDATION = "validation.json"
+"""What a run that sees no test split leaves last."""
 _SNAPSHOTS = 10
 
 
@@ -53,18 +58,9 @@ def execute(config: Config, out: Path, *, resume: bool = False, watch: Watcher |
     Raises:
         OmnifmError: bad config or data, a folder in use, a damaged checkpoint, a client that fails.
     """
-    if _is_finished(config, out, resume):
+    if _is_finished(config, out, resume, ("metrics.json", "report.html")):
         return read_json(out / "metrics.json")
-    build.strategy_options(config)  # a misspelt option must not wait for the images
-    build.task_options(config)
-    parts = _assemble(config, out, build.load_data(config), watch)
-    try:
-        server = _start(parts, resume)
-        _train(parts, *server)
-        metrics = _finish(parts)
-    finally:
-        parts.recorder.close()
-        parts.engine.close()
+    metrics = _conduct(config, out, resume, watch, _finish)
     write_json(out / "metrics.json", metrics)
     from omnifm.report.html import write_report
 
@@ -72,8 +68,52 @@ def execute(config: Config, out: Path, *, resume: bool = False, watch: Watcher |
     return metrics
 
 
-def _is_finished(config: Config, out: Path, resume: bool) -> bool:
-    """Check that `out` may be used. Raises CheckpointError if it holds another run, or one that was not to be resumed."""
+def validate(config: Config, out: Path, *, resume: bool = False, watch: Watcher | None = None) -> dict[str, Any]:
+    """Train, and score on the validation split alone: all that a search may look at. Returns what `validation.json` holds.
+
+    Of the run its events stay; the weights go, as a search leaves hundreds of them.
+
+    Raises:
+        OmnifmError: as `execute`.
+    """
+    if _is_finished(config, out, resume, (VALIDATION,)):
+        return read_json(out / VALIDATION)
+    found = _conduct(config, out, resume, watch, _validation)
+    write_json(out / VALIDATION, found)
+    shutil.rmtree(out / "checkpoint")
+    return found
+
+
+def _conduct(
+    config: Config, out: Path, resume: bool, watch: Watcher | None, end: Callable[[_Parts], dict[str, Any]]
+) -> dict[str, Any]:
+    """Train; return what `end` makes of it."""
+    build.strategy_options(config)  # a misspelt option must not wait for the images
+    build.task_options(config)
+    parts = _assemble(config, out, build.load_data(config), watch)
+    try:
+        server = _start(parts, resume)
+        _train(parts, *server)
+        return end(parts)
+    finally:
+        parts.recorder.close()
+        parts.engine.close()
+
+
+def _validation(parts: _Parts) -> dict[str, Any]:
+    """Return the personal scores of the last round on the validation split, and what they cost."""
+    with (parts.out / "events.jsonl").open(encoding="utf-8") as file:
+        last = json.loads([line for line in file if '"event": "evaluation"' in line][-1])
+    facts = {"config_hash": digest(parts.config), "primary": parts.task.primary, "personal": last["personal"]}
+    return {**facts, "seconds": parts.recorder.seconds, "commit": environment()["commit"]}
+
+
+def _is_finished(config: Config, out: Path, resume: bool, files: Sequence[str]) -> bool:
+    """Check that `out` may be used, and whether `files`, the last of a run, are there.
+
+    Raises:
+        CheckpointError: it holds another run, or one that was not to be resumed.
+    """
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out}: is a file, not a folder")
     # A start that was killed while it wrote its first file leaves a partial one.
@@ -85,7 +125,7 @@ def _is_finished(config: Config, out: Path, resume: bool) -> bool:
         raise CheckpointError(f"{out}: already holds a run; continue it with --resume, or name another folder with --out")
     if digest(load(out / "config.toml")) != digest(config):
         raise CheckpointError(f"{out / 'config.toml'}: the run was started with another config; --resume needs the same one")
-    return (out / "metrics.json").is_file() and (out / "report.html").is_file()
+    return all((out / name).is_file() for name in files)
 
 
 def _assemble(config: Config, out: Path, data: build.Data, watch: Watcher | None) -> _Parts:

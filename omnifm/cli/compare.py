@@ -31,27 +31,16 @@ def compare(
     out: Out = Path("runs/compare"),
 ) -> None:
     """Run strategies x seeds x participation; print means, write table.csv, summary.csv and a report. Skips finished cells."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    from omnifm.compare import Cell, Variant, plan_cells, read_variants
+    from omnifm.cli.progress import cells_bar
+    from omnifm.compare import Variant, plan_cells, read_variants
     from omnifm.compare import compare as run_all
 
-    rows = [Variant(name) for name in _parts(strategies, str, "--strategies")]
+    rows = [Variant(name) for name in parts(strategies, str, "--strategies")]
     rows += read_variants(variants) if variants else []
     if not rows:
         raise ConfigError("nothing to compare: give --strategies or --variants")
-    cells = plan_cells(config, rows, _parts(seeds, int, "--seeds"), _parts(participation, float, "--participation"), set_)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    from rich.console import Console
-
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("cells", total=len(cells))
-
-        def show(cell: Cell, outcome: str) -> None:
-            progress.update(bar, advance=1)
-            if outcome != "ok":
-                progress.console.print(f"{cell.name}: {outcome}", highlight=False, markup=False)
-
+    cells = plan_cells(config, rows, parts(seeds, int, "--seeds"), parts(participation, float, "--participation"), set_)
+    with cells_bar(len(cells)) as show:
         status = run_all(cells, out, jobs=jobs, show=show)
     failed = [name for name, outcome in status.items() if outcome != "ok"]
     if len(failed) < len(status):
@@ -62,7 +51,8 @@ def compare(
         sys.exit(1)
 
 
-def _parts(text: str, convert: Callable[[str], T], option: str) -> list[T]:
+def parts(text: str, convert: Callable[[str], T], option: str) -> list[T]:
+    """Return the values of an option that has commas between them. Raises ConfigError naming the option."""
     try:
         return [convert(part.strip()) for part in text.split(",") if part.strip()]
     except ValueError:

@@ -36,9 +36,11 @@ def _register() -> None:
     from omnifm.cli.predict import predict
     from omnifm.cli.report import report
     from omnifm.cli.run import run
+    from omnifm.cli.tune import tune
 
     app.command()(run)
     app.command()(compare)
+    app.command()(tune)
     app.command()(report)
     app.command()(predict)
     app.command("list")(list_)

@@ -1,11 +1,29 @@
-"""The live view of a run: rounds, clients, loss, score, time left."""
+"""The live views: of a run (rounds, clients, loss, score, time left), and of many runs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from omnifm.compare import Cell
+
+
+@contextmanager
+def cells_bar(total: int) -> Iterator[Callable[[Cell, str], None]]:
+    """Yield what to call with each cell that has ended and what became of it; the bar moves, and failures are said at once."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("cells", total=total)
+
+        def show(cell: Cell, outcome: str) -> None:
+            progress.update(bar, advance=1)
+            if outcome != "ok":
+                progress.console.print(f"{cell.name}: {outcome}", highlight=False, markup=False)
+
+        yield show
 
 
 class RunView:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from omnifm.errors import ConfigError
 from omnifm.federation.aggregation import RunningMean, step_towards
+from omnifm.federation.card import Card
 from omnifm.federation.effort import Effort, Phase
 from omnifm.federation.messages import Reply
 from omnifm.federation.neighbourhoods import NeighbourhoodOptions, Neighbourhoods
@@ -69,6 +70,7 @@ class Upload:
 class Strategy:
     """FedAvg (McMahan et al., AISTATS 2017, Algorithm 1) as a set of hooks."""
 
+    card: ClassVar[Card]
     Options: ClassVar[type[StrategyOptions]] = StrategyOptions
     pooled: ClassVar[bool] = False
     """True: one model is trained on the data of all clients, gathered in one place."""

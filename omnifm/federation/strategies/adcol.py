@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from omnifm import seeds
 from omnifm.errors import FederationError
+from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import LocalJob, ServerState
 from omnifm.federation.strategy import Step, Strategy, StrategyOptions, Upload
@@ -52,6 +53,13 @@ class ADCOLOptions(StrategyOptions):
 class ADCOL(Strategy):
     """FedAvg with a discriminator at the server."""
 
+    card: ClassVar[Card] = Card(
+        paper="Li et al., ICML 2023",
+        up="prototypes or features",
+        down="a discriminator",
+        server="a discriminator",
+        search={"mu": (0.1, 0.5), "predicts": ("client", "modality")},
+    )
     Options: ClassVar[type[StrategyOptions]] = ADCOLOptions
     options: ADCOLOptions
 

@@ -17,6 +17,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from omnifm.federation.card import Card
 from omnifm.federation.strategies.fedgma import FedGMA, FedGMAOptions
 from omnifm.federation.strategy import StrategyOptions
 
@@ -31,6 +32,7 @@ class AndMaskOptions(FedGMAOptions):
 class AndMask(FedGMA):
     """FedGMA with a hard mask."""
 
+    card: ClassVar[Card] = Card(paper="Parascandolo et al., ICLR 2021", search={"tau": (0.4, 0.6, 0.8, 1.0)})
     Options: ClassVar[type[StrategyOptions]] = AndMaskOptions
     options: AndMaskOptions
 

@@ -6,11 +6,13 @@ optimiser and learning rates: the budget of the other strategies, without their 
 
 from typing import ClassVar
 
+from omnifm.federation.card import Card
 from omnifm.federation.strategy import Strategy
 
 
 class Centralised(Strategy):
     """FedAvg with one client that holds all data."""
 
+    card: ClassVar[Card] = Card(paper="all data in one place", needs="one network for all clients")
     pooled: ClassVar[bool] = True
     averages: ClassVar[bool] = False

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from omnifm.federation import robust
 from omnifm.federation.aggregation import RunningMean
+from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import OneMeanOptions, StrategyOptions
@@ -37,6 +38,7 @@ class ClippedMeanOptions(OneMeanOptions):
 class ClippedMean(robust.Robust):
     """The mean of clipped updates."""
 
+    card: ClassVar[Card] = Card(paper="Sun et al., 2019", search={"bound": (0.0, 1.0, 3.0, 10.0)})
     Options: ClassVar[type[StrategyOptions]] = ClippedMeanOptions
     options: ClippedMeanOptions
 

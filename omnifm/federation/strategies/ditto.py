@@ -20,6 +20,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from omnifm.federation import sharing
+from omnifm.federation.card import Card
 from omnifm.federation.effort import Effort, Phase
 from omnifm.federation.state import LocalJob
 from omnifm.federation.strategy import Step, Strategy, StrategyOptions, Upload
@@ -38,6 +39,9 @@ class DittoOptions(StrategyOptions):
 class Ditto(Strategy):
     """FedAvg, and a model beside it that never leaves."""
 
+    card: ClassVar[Card] = Card(
+        paper="Li et al., ICML 2021", private="a second model", search={"personal_pull": (0.1, 0.5, 1.0, 2.0)}
+    )
     Options: ClassVar[type[StrategyOptions]] = DittoOptions
     options: DittoOptions
 

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from omnifm.federation.card import Card
 from omnifm.federation.fedopt import FedOpt
 from omnifm.federation.strategy import OneMeanOptions, StrategyOptions
 
@@ -33,6 +34,9 @@ class FedAdamOptions(OneMeanOptions):
 class FedAdam(FedOpt):
     """Adam at the server."""
 
+    card: ClassVar[Card] = Card(
+        paper="Reddi et al., ICLR 2021", server="two moments", search={"server_step": (0.001, 0.003, 0.01, 0.03)}
+    )
     Options: ClassVar[type[StrategyOptions]] = FedAdamOptions
     options: FedAdamOptions
     _memory = ("m", "v")

@@ -4,8 +4,13 @@ McMahan et al., "Communication-efficient learning of deep networks from decentra
 Everything is shared; nothing is sent besides the model.
 """
 
+from typing import ClassVar
+
+from omnifm.federation.card import Card
 from omnifm.federation.strategy import Strategy
 
 
 class FedAvg(Strategy):
     """Every hook is the default."""
+
+    card: ClassVar[Card] = Card(paper="McMahan et al., AISTATS 2017")

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from omnifm.federation.card import Card
 from omnifm.federation.fedopt import FedOpt
 from omnifm.federation.strategy import OneMeanOptions, StrategyOptions
 
@@ -28,6 +29,9 @@ class FedAvgMOptions(OneMeanOptions):
 class FedAvgM(FedOpt):
     """Momentum at the server."""
 
+    card: ClassVar[Card] = Card(
+        paper="Hsu et al., 2019", server="momentum", search={"beta": (0.5, 0.9), "server_step": (0.3, 1.0)}
+    )
     Options: ClassVar[type[StrategyOptions]] = FedAvgMOptions
     options: FedAvgMOptions
     _memory = ("v",)

@@ -11,6 +11,9 @@ private  BatchNorm's tensors            traffic  the rest of the model
 There is no global model. A client that was never sampled has the BatchNorm it started with.
 """
 
+from typing import ClassVar
+
+from omnifm.federation.card import Card
 from omnifm.federation.sharing import BATCH_NORMS, names_of_type
 from omnifm.federation.strategy import Strategy
 from omnifm.tasks.base import Model
@@ -18,6 +21,8 @@ from omnifm.tasks.base import Model
 
 class FedBN(Strategy):
     """BatchNorm layers are private."""
+
+    card: ClassVar[Card] = Card(paper="Li et al., ICLR 2021", private="BatchNorm", needs="a network with BatchNorm")
 
     def private(self, model: Model) -> frozenset[str]:
         """All tensors of BatchNorm layers. Raises ConfigError if there are none."""

@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from omnifm.federation.card import Card
 from omnifm.federation.sharing import names_under
 from omnifm.federation.state import Context, LocalJob
 from omnifm.federation.strategy import Step, Strategy, StrategyOptions
@@ -119,6 +120,11 @@ def _adapted_by(pair: Pair) -> Any:
 class FedDAT(Strategy):
     """Dual adapters with mutual distillation on a frozen backbone."""
 
+    card: ClassVar[Card] = Card(
+        paper="Chen et al., AAAI 2024",
+        private="head, adapter a_0",
+        search={"reduction": (4, 16), "temperature": (1.0, 3.0)},
+    )
     Options: ClassVar[type[StrategyOptions]] = FedDATOptions
     options: FedDATOptions
 

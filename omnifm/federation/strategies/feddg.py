@@ -34,6 +34,7 @@ from torch.nn import functional
 
 from omnifm import seeds
 from omnifm.federation.amplitudes import check_windows, shape_name, windows_of
+from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import LocalJob, ServerState
 from omnifm.federation.strategy import Step, Strategy, StrategyOptions
@@ -59,6 +60,13 @@ class FedDGOptions(StrategyOptions):
 class FedDG(Strategy):
     """FedAvg with an outer step on images in other clients' style."""
 
+    card: ClassVar[Card] = Card(
+        paper="Liu et al., CVPR 2021",
+        up="amplitudes of single images, once",
+        down="amplitudes of other clients' images",
+        server="amplitudes",
+        search={"window": (0.0, 0.01), "interpolate": (False, True)},
+    )
     Options: ClassVar[type[StrategyOptions]] = FedDGOptions
     options: FedDGOptions
 

@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from omnifm.federation.aggregation import step_towards
+from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import LocalJob, ServerState
 from omnifm.federation.strategy import OneMeanOptions, Step, Strategy, StrategyOptions, Upload
@@ -39,6 +40,9 @@ class FedDynOptions(OneMeanOptions):
 class FedDyn(Strategy):
     """FedAvg with dynamic regularisation."""
 
+    card: ClassVar[Card] = Card(
+        paper="Acar et al., ICLR 2021", private="a linear term", server="a linear term", search={"alpha": (0.001, 0.01, 0.1, 1.0)}
+    )
     Options: ClassVar[type[StrategyOptions]] = FedDynOptions
     options: FedDynOptions
 

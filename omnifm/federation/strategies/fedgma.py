@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from omnifm.federation.aggregation import step_towards
+from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import OneMeanOptions, Strategy, StrategyOptions
@@ -33,6 +34,7 @@ class FedGMAOptions(OneMeanOptions):
 class FedGMA(Strategy):
     """FedAvg whose step is scaled, element by element."""
 
+    card: ClassVar[Card] = Card(paper="Tenison et al., TMLR 2023", search={"tau": (0.2, 0.4, 0.6, 0.8)})
     Options: ClassVar[type[StrategyOptions]] = FedGMAOptions
     options: FedGMAOptions
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omnifm.errors import FederationError
+from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.sharing import names_under
 from omnifm.federation.state import LocalJob, ServerState
@@ -45,6 +46,13 @@ class FedIIROptions(StrategyOptions):
 class FedIIR(Strategy):
     """FedAvg with matched gradients of the classifier."""
 
+    card: ClassVar[Card] = Card(
+        paper="Guo et al., ICML 2023",
+        up="a gradient of the head",
+        down="the mean gradient",
+        server="the mean gradient",
+        search={"penalty": (1e-4, 1e-3, 1e-2, 1e-1)},
+    )
     Options: ClassVar[type[StrategyOptions]] = FedIIROptions
     options: FedIIROptions
 

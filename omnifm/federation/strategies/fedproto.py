@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from omnifm.errors import ConfigError, FederationError
+from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import Context, LocalJob, ServerState
 from omnifm.federation.strategy import Step, Strategy, StrategyOptions, Upload
@@ -41,6 +42,15 @@ class FedProtoOptions(StrategyOptions):
 class FedProto(Strategy):
     """Local training that looks at everybody's class means."""
 
+    card: ClassVar[Card] = Card(
+        paper="Tan et al., AAAI 2022",
+        private="everything",
+        up="class means",
+        down="class means",
+        server="class means",
+        needs="numbered classes",
+        search={"lam": (0.1, 0.5, 1.0, 2.0)},
+    )
     Options: ClassVar[type[StrategyOptions]] = FedProtoOptions
     options: FedProtoOptions
     averages: ClassVar[bool] = False

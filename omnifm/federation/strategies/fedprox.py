@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from omnifm.federation.card import Card
 from omnifm.federation.state import LocalJob
 from omnifm.federation.strategy import Step, Strategy, StrategyOptions
 
@@ -23,6 +24,7 @@ class FedProxOptions(StrategyOptions):
 class FedProx(Strategy):
     """A pull towards the received model, added to the gradient."""
 
+    card: ClassVar[Card] = Card(paper="Li et al., MLSys 2020", search={"mu": (0.001, 0.01, 0.1, 1.0)})
     Options: ClassVar[type[StrategyOptions]] = FedProxOptions
     options: FedProxOptions
 

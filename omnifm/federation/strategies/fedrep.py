@@ -24,6 +24,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from omnifm.federation.card import Card
 from omnifm.federation.effort import Effort, Phase
 from omnifm.federation.sharing import BATCH_NORMS, names_under
 from omnifm.federation.state import LocalJob
@@ -40,6 +41,7 @@ class FedRepOptions(StrategyOptions):
 class FedRep(Strategy):
     """FedPer, one part after the other."""
 
+    card: ClassVar[Card] = Card(paper="Collins et al., ICML 2021", private="head", search={"head_share": (0.2, 0.4, 0.6, 0.8)})
     Options: ClassVar[type[StrategyOptions]] = FedRepOptions
     options: FedRepOptions
 

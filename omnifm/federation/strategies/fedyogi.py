@@ -5,13 +5,20 @@ a round of large changes it falls back more slowly than Adam's. It starts from t
 hardly any. Options and defaults are `fedadam`'s.
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 
+from omnifm.federation.card import Card
 from omnifm.federation.strategies.fedadam import FedAdam
 
 
 class FedYogi(FedAdam):
     """Yogi at the server."""
+
+    card: ClassVar[Card] = Card(
+        paper="Reddi et al., ICLR 2021", server="two moments", search={"server_step": (0.001, 0.003, 0.01, 0.03)}
+    )
 
     def _second(self, v: Tensor, square: Tensor) -> Tensor:
         """Additive, towards Delta^2."""

@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from omnifm.federation.card import Card
 from omnifm.federation.sharing import names_under
 from omnifm.federation.state import LocalJob
 from omnifm.federation.strategy import Step, Strategy, StrategyOptions
@@ -78,6 +79,7 @@ class ConditionalPath(nn.Module):
 class GPFL(Strategy):
     """FedPer with a conditional map and class embeddings."""
 
+    card: ClassVar[Card] = Card(paper="Zhang et al., ICCV 2023", private="head", search={"lam": (1e-4, 1e-2), "mu": (0.0, 0.1)})
     Options: ClassVar[type[StrategyOptions]] = GPFLOptions
     options: GPFLOptions
 

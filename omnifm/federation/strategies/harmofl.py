@@ -26,6 +26,7 @@ from torch import Tensor
 from omnifm.errors import FederationError
 from omnifm.federation.aggregation import RunningMean
 from omnifm.federation.amplitudes import check_windows, shape_name, windows_of
+from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import Context, LocalJob, ServerState
 from omnifm.federation.strategy import Step, Strategy, StrategyOptions
@@ -48,6 +49,14 @@ class HarmoFLOptions(StrategyOptions):
 class HarmoFL(Strategy):
     """FedAvg with equal weights, amplitude normalisation and weight perturbation."""
 
+    card: ClassVar[Card] = Card(
+        paper="Jiang et al., AAAI 2022",
+        private="its mean amplitude",
+        up="a mean amplitude, once",
+        down="the mean amplitude",
+        server="the mean amplitude",
+        search={"amplitude_norm": (True, False), "perturbation": (0.01, 0.05)},
+    )
     Options: ClassVar[type[StrategyOptions]] = HarmoFLOptions
     options: HarmoFLOptions
 

@@ -6,6 +6,7 @@ many examples as under any other strategy.
 
 from typing import ClassVar
 
+from omnifm.federation.card import Card
 from omnifm.federation.strategy import Strategy
 from omnifm.tasks.base import Model
 
@@ -13,6 +14,7 @@ from omnifm.tasks.base import Model
 class Local(Strategy):
     """The whole model is private."""
 
+    card: ClassVar[Card] = Card(paper="each client alone", private="everything")
     averages: ClassVar[bool] = False
 
     def private(self, model: Model) -> frozenset[str]:

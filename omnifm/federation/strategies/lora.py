@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from omnifm.errors import ConfigError
+from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy, StrategyOptions
@@ -73,6 +74,9 @@ class LowRank(nn.Module):
 class LoRA(Strategy):
     """FedAvg of low-rank changes and the head."""
 
+    card: ClassVar[Card] = Card(
+        paper="Hu et al., ICLR 2022; Zhang et al., ACL 2023", search={"rank": (8, 32), "average": ("plain", "exact")}
+    )
     Options: ClassVar[type[StrategyOptions]] = LoRAOptions
     options: LoRAOptions
 

@@ -10,17 +10,20 @@ ends. Running statistics take the median too.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from omnifm.federation import robust
+from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import ServerState
 
 
 class Median(robust.Robust):
     """The median in place of the mean."""
+
+    card: ClassVar[Card] = Card(paper="Yin et al., ICML 2018")
 
     def _combine(self, server: ServerState, replies: Sequence[Reply]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         del server

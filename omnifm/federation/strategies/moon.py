@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from omnifm.federation import sharing
+from omnifm.federation.card import Card
 from omnifm.federation.state import LocalJob
 from omnifm.federation.strategy import Step, Strategy, StrategyOptions, Upload
 from omnifm.federation.tap import Tap
@@ -70,6 +71,7 @@ class Encoder(nn.Module):
 class MOON(Strategy):
     """FedAvg with a contrast of models."""
 
+    card: ClassVar[Card] = Card(paper="Li et al., CVPR 2021", private="its last model", search={"mu": (0.1, 1.0, 5.0, 10.0)})
     Options: ClassVar[type[StrategyOptions]] = MOONOptions
     options: MOONOptions
 

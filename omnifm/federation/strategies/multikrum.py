@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from omnifm.federation import robust
+from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import OneMeanOptions, StrategyOptions
@@ -38,6 +39,7 @@ class MultiKrumOptions(OneMeanOptions):
 class MultiKrum(robust.Robust):
     """The mean of those that have close neighbours."""
 
+    card: ClassVar[Card] = Card(paper="Blanchard et al., NeurIPS 2017", search={"hostile": (0.1, 0.2, 0.3, 0.4)})
     Options: ClassVar[type[StrategyOptions]] = MultiKrumOptions
     options: MultiKrumOptions
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from omnifm import seeds
 from omnifm.errors import FederationError
+from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.sharing import NORMS, names_of_type, names_under
 from omnifm.federation.state import Context, LocalJob, ServerState
@@ -91,6 +92,14 @@ class OmniFMOptions(SpectralOptions, StrategyOptions):
 class OmniFM(Strategy):
     """FedAvg, plus the spectral path and the bank."""
 
+    card: ClassVar[Card] = Card(
+        paper="Liu et al., CVPR 2026",
+        private="suffix; head and block with preset best",
+        up="prototypes, retrieval counts",
+        down="the bank",
+        server="the bank",
+        search={"lam": (0.01, 0.1), "neighbourhood_alone": ("all", "own")},
+    )
     Options: ClassVar[type[StrategyOptions]] = OmniFMOptions
     options: OmniFMOptions
 

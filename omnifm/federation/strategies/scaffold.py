@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from omnifm.errors import FederationError
+from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import LocalJob, ServerState
 from omnifm.federation.strategy import OneMeanOptions, Step, Strategy, StrategyOptions, Upload
@@ -35,6 +36,14 @@ CONTROL, CHANGE = "scaffold/control/", "scaffold/change/"
 class Scaffold(Strategy):
     """FedAvg with control variates."""
 
+    card: ClassVar[Card] = Card(
+        paper="Karimireddy et al., ICML 2020",
+        private="a control variate",
+        up="the control variate's change",
+        down="the server's control variate",
+        server="a control variate",
+        search={"server_step": (0.5, 1.0)},
+    )
     Options: ClassVar[type[StrategyOptions]] = OneMeanOptions
 
     # ------------------------------------------------------------------ the client

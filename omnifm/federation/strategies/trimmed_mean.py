@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from omnifm.federation import robust
+from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import OneMeanOptions, StrategyOptions
@@ -32,6 +33,7 @@ class TrimmedMeanOptions(OneMeanOptions):
 class TrimmedMean(robust.Robust):
     """The trimmed mean in place of the mean."""
 
+    card: ClassVar[Card] = Card(paper="Yin et al., ICML 2018", search={"beta": (0.1, 0.2, 0.3, 0.4)})
     Options: ClassVar[type[StrategyOptions]] = TrimmedMeanOptions
     options: TrimmedMeanOptions
 
