@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 Kind = Annotated[Literal["strategies", "tasks"], typer.Argument(help="strategies or tasks")]
+_NOTHING = "-"
 
 
 def list_(kind: Kind) -> None:
@@ -14,14 +15,39 @@ def list_(kind: Kind) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from omnifm.build import STRATEGIES, TASKS
+    from omnifm.build import TASKS
 
-    table = Table(title=kind, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column()
-    for name, line in first_lines(STRATEGIES if kind == "strategies" else TASKS).items():
-        table.add_row(name, line)
+    if kind == "tasks":
+        table = Table(title=kind, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        rows = [[name, line] for name, line in first_lines(TASKS).items()]
+    else:
+        table = Table(title=kind, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        rows = strategy_rows()
+    for number, heading in enumerate(HEADINGS[: len(rows[0])]):
+        table.add_column(heading, no_wrap=not number, style="" if number else "bold")
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
+
+
+HEADINGS = ("name", "paper", "at the client alone", "traffic beside the model", "defined for")
+
+
+def strategy_rows() -> list[list[str]]:
+    """Return for each strategy its name and what its card says, under `HEADINGS`."""
+    from omnifm.build import STRATEGIES, lookup
+    from omnifm.federation.card import Card
+
+    rows = []
+    for name in sorted(STRATEGIES):
+        card: Card = lookup(STRATEGIES, "strategy", name).card
+        rows.append([name, card.paper, card.private or _NOTHING, traffic(card.up, card.down), card.needs or "every task"])
+    return rows
+
+
+def traffic(up: str, down: str) -> str:
+    """Return what travels beside the model's shared tensors, in words."""
+    return "; ".join(f"{way}: {what}" for way, what in (("up", up), ("down", down)) if what) or _NOTHING
 
 
 def first_lines(plugins: Mapping[str, str]) -> dict[str, str]:

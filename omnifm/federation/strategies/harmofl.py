@@ -51,7 +51,6 @@ class HarmoFL(Strategy):
 
     card: ClassVar[Card] = Card(
         paper="Jiang et al., AAAI 2022",
-        private="its mean amplitude",
         up="a mean amplitude, once",
         down="the mean amplitude",
         server="the mean amplitude",

@@ -98,7 +98,7 @@ class OmniFM(Strategy):
         up="prototypes, retrieval counts",
         down="the bank",
         server="the bank",
-        search={"lam": (0.01, 0.1), "neighbourhood_alone": ("all", "own")},
+        search={"lam": (0.01, 0.1), "neighbourhood_alone": ("global", "own")},
     )
     Options: ClassVar[type[StrategyOptions]] = OmniFMOptions
     options: OmniFMOptions
