@@ -1,5 +1,6 @@
 """Help, versions, exit codes, `omnifm compare` and `omnifm report`; and the real command in processes of its own."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import omnifm as package
+from omnifm.build import STRATEGIES, lookup
+from omnifm.cli.listing import strategy_rows
 from omnifm.config import load
 from omnifm.run import execute
 from tests.cli.command import Command
@@ -22,7 +25,7 @@ Finished = Callable[[str], Path]
 
 
 def test_help_of_every_command(omnifm: Command) -> None:
-    for words in ([], ["run"], ["compare"], ["report"], ["data"], ["data", "check"], ["data", "make", "atlas"]):
+    for words in ([], ["run"], ["compare"], ["tune"], ["report"], ["data"], ["data", "check"], ["data", "make", "atlas"]):
         ended = omnifm(*words, "--help")
         assert (ended.code, ended.err) == (0, "")
         assert "Usage: " in ended.out
@@ -49,6 +52,37 @@ def test_no_command_shows_the_help(omnifm: Command) -> None:
     ended = omnifm()
     assert ended.code in (0, 2)
     assert "Usage: " in ended.out + ended.err
+
+
+def test_strategies_are_listed_with_what_they_keep_and_send(omnifm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    ended = omnifm("list", "strategies")
+    printed = {line.split()[0]: " ".join(line.split()) for line in ended.out.splitlines()[2:] if line[0] != " "}
+    assert ended.code == 0 and printed.keys() == STRATEGIES.keys()
+    assert printed["fedper"] == "fedper Arivazhagan et al., 2019 head - every task"
+    assert "the control variate's change; down: the server's" in printed["scaffold"]
+
+
+def test_the_documents_table_of_strategies_is_the_commands() -> None:
+    """What a reader of docs/strategies.md is told is what the classes say."""
+    lines = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8").splitlines()
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    assert [[row[0].strip("`"), *row[1:5]] for row in shown] == strategy_rows()
+    for name, *_, searched in shown:
+        card = lookup(STRATEGIES, "strategy", name.strip("`")).card
+        assert searched == "; ".join(f"`{k}` {', '.join(map(json.dumps, v))}" for k, v in card.search.items())
+
+
+def test_tune_prints_and_writes_what_it_chose(omnifm: Command, job: Path) -> None:
+    ended = omnifm("tune", job, "--strategies", "fedprox", "--seed", "7", "--set", "federation.rounds=1", "--out", "t")
+    assert ended.code == 0 and "strategies.fedprox.mu=" in ended.out and "t/tuned.toml" in ended.out
+    assert len(Path("t/trials.csv").read_text(encoding="utf-8").splitlines()) == 13
+
+
+def test_tune_of_nothing_or_of_the_unknown(omnifm: Command, job: Path) -> None:
+    assert "nothing to tune" in omnifm("tune", job, "--out", "t").complaint
+    assert "'fedbest': unknown" in omnifm("tune", job, "--strategies", "fedavg,fedbest", "--out", "t").complaint
+    assert not Path("t").exists()
 
 
 def test_report_is_written_anew(omnifm: Command, finished: Finished, tmp_path: Path) -> None:
