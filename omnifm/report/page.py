@@ -58,6 +58,7 @@ class Picture:
     lines: tuple[str, ...]
     verdict: str
     alt: str
+    panels: int = 1
 
 
 @dataclass(frozen=True)

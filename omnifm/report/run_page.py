@@ -238,14 +238,17 @@ def _examples(run: Run) -> Section | None:
 
 def _picture(example: Example, content: bytes) -> Picture:
     lines = [f"{example.client} ({example.modality})"]
-    lines += [f"left to right: {', '.join(example.panels)}"] if len(example.panels) > 1 else []
+    if len(example.panels) > 1:
+        lines.append(f"left to right: {', '.join(example.panels)}")
+    elif example.panels not in ((), ("image",)):
+        lines.append(example.panels[0])  # the question
     lines += [f"truth: {example.truth}"] if example.truth is not None else []
     if example.prediction is not None:
         sure = "" if example.confidence is None else f", {example.confidence:.0%} sure"
         lines.append(f"model: {example.prediction}{sure}")
     verdict = "" if example.correct is None else "correct" if example.correct else "wrong"
     source = "data:image/png;base64," + base64.b64encode(content).decode("ascii")
-    return Picture(source, tuple(lines), verdict, f"test image of client {example.client}")
+    return Picture(source, tuple(lines), verdict, f"test image of client {example.client}", max(1, len(example.panels)))
 
 
 def _definitions(run: Run) -> Section:

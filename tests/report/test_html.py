@@ -202,6 +202,20 @@ def test_a_run_without_optional_parts_is_still_a_report(tmp_path: Path) -> None:
     assert "an undefined accuracy" in write_report(run).read_text(encoding="utf-8")
 
 
+def test_a_picture_of_several_panels_is_wide_and_a_question_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path, rounds=1)
+    path = run / "examples" / "examples.json"
+    rows = json.loads(path.read_text())
+    for row, panels in zip(rows, (["image"], ["is there a fracture?"], ["MRI", "CT", "fused"], list("abcde")), strict=False):
+        row["panels"] = panels
+    write_json(path, rows[:4])
+    text = write_report(run).read_text(encoding="utf-8")
+    kinds = re.findall(r'<div class="picture panels-(\d)', text)
+    assert kinds == ["1", "1", "3", "4"], "the page has no wider column than four"
+    assert "<p>is there a fracture?</p>" in text and "<p>image</p>" not in text
+    assert "<p>left to right: MRI, CT, fused</p>" in text
+
+
 def test_an_undefined_or_nan_score_is_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path, rounds=2)
     metrics = json.loads((run / "metrics.json").read_text())
