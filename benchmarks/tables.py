@@ -23,6 +23,7 @@ from omnifm.config import digest
 
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, str]
+_COSTS = {"MiB up": ("bytes_up", 2**20), "MiB down": ("bytes_down", 2**20), "seconds": ("seconds", 1)}
 
 
 def plan(table: Table, only: str = "") -> list[Cell]:
@@ -82,16 +83,17 @@ def summary(rows: Sequence[Row], score: str) -> dict[str, float]:
 
 
 def markdown(rows: Sequence[Row], table: Table) -> str:
-    """Return the results as a Markdown table, mean and standard deviation over seeds: views of the main score, then others."""
+    """Return the results as a Markdown table, mean and standard deviation over seeds: the main score's views, others, cost."""
     main, *others = table.scores
     columns = [f"{view}_{main}" for view in ("personal", "worst", "global", "finetuned", "best_personal")]
     columns += [f"personal_{score}" for score in others]
     lines = [
-        f"| strategy | variant | participation | rounds | seeds | {' | '.join(columns)} |",
-        "|---" * (5 + len(columns)) + "|",
+        f"| strategy | variant | participation | rounds | seeds | {' | '.join([*columns, *_COSTS])} |",
+        "|---" * (5 + len(columns) + len(_COSTS)) + "|",
     ]
     for names, members in _groups(rows).items():
         cells = [_spread([row.get(column) or "" for row in members], table) for column in columns]
+        cells += [_mean([row.get(column) or "" for row in members], unit) for column, unit in _COSTS.values()]
         lines.append(f"| {' | '.join((*names, str(len(members)), *cells))} |")
     return "\n".join(lines)
 
@@ -102,6 +104,11 @@ def _spread(texts: Sequence[str], table: Table) -> str:
         return ""
     mean, digits = statistics.mean(values), table.digits
     return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def _mean(texts: Sequence[str], unit: float) -> str:
+    values = [float(text) / unit for text in texts if text]
+    return f"{statistics.mean(values):.0f}" if values else ""
 
 
 def main() -> None:

@@ -51,6 +51,8 @@ def test_finished_cells_are_lines_and_are_not_run_again(call: Call, capsys: pyte
     printed = capsys.readouterr().out
     assert "| fedavg | wild | 1.0 | 1 | 1 |  |" in printed
     assert f"| {100 * float(rows[0]['personal_accuracy']):.1f} |" in printed
+    cost = [f"{float(rows[1][name]) / unit:.0f}" for name, unit in (("bytes_up", 2**20), ("bytes_down", 2**20), ("seconds", 1))]
+    assert f" | {' | '.join(cost)} |\n" in printed
 
 
 def test_a_part_that_is_not_there_is_one_line(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
