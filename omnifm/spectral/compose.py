@@ -48,6 +48,7 @@ class SpectralOptions(BaseModel):
         head_dim: d_h of the cross-attention.
         heads: attention heads of the block over r'.
         mlp_ratio: hidden width of the block's MLP over the token dimension.
+        identity: the block over r' starts as the identity: what it adds starts at zero, as in a residual network's last layer.
         prefix: `attention`, or `zero` to keep the prefix's slots and put nothing in them.
         bank_source: `bank`, or `random` to replace every row by a random vector that never changes.
     """
@@ -71,6 +72,7 @@ class SpectralOptions(BaseModel):
     head_dim: int = Field(64, ge=1)
     heads: int = Field(4, ge=1)
     mlp_ratio: float = Field(2.0, gt=0)
+    identity: bool = False
     prefix: Literal["attention", "zero"] = "attention"
     bank_source: Literal["bank", "random"] = "bank"
 
@@ -149,7 +151,7 @@ class SpectralPath(nn.Module):
         if o.attends:
             self.eca = EnhancedCrossAttention(token_dim, o.dim, o.head_dim)
         if o.psp:
-            self.psp = PrefixSuffix(token_dim, o.heads, o.mlp_ratio, prefix=o.eca)
+            self.psp = PrefixSuffix(token_dim, o.heads, o.mlp_ratio, prefix=o.eca, identity=o.identity)
         self._bank: BankRows | None = None
 
     @property

@@ -44,15 +44,20 @@ class Block(nn.Module):
         dim: d, a multiple of `heads`.
         heads: attention heads.
         mlp_ratio: hidden width of the MLP over d.
+        identity: whether what it adds starts at zero, so that the untrained block changes nothing.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, identity: bool = False) -> None:
         super().__init__()
         self.heads = heads
         hidden = int(dim * mlp_ratio)
         self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.query_key_value, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        last = nn.Linear(hidden, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last)
+        for layer in (self.out, last) if identity else ():
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (b, n, d) to (b, n, d)."""
@@ -75,18 +80,19 @@ class PrefixSuffix(nn.Module):
         heads: attention heads of the block.
         mlp_ratio: hidden width of the block's MLP over d.
         prefix: whether r' has a prefix (ECA is on).
+        identity: whether the untrained block changes nothing.
 
     Raises:
         ValueError: `dim` is not a multiple of `heads`.
     """
 
-    def __init__(self, dim: int, heads: int = 4, mlp_ratio: float = 2.0, prefix: bool = True) -> None:
+    def __init__(self, dim: int, heads: int = 4, mlp_ratio: float = 2.0, prefix: bool = True, identity: bool = False) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"{dim}-dimensional tokens do not divide into {heads} attention heads")
         self.suffix = Suffix(dim)
         self.parts = PartEmbedding(3 if prefix else 2, dim)
-        self.block = Block(dim, heads, mlp_ratio)
+        self.block = Block(dim, heads, mlp_ratio, identity)
 
     def forward(self, tokens: Tensor, prefix: Tensor | None) -> Tensor:
         """Return r'.

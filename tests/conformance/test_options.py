@@ -82,6 +82,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "head_dim": ({}, 6),
     "heads": ({}, 4),
     "mlp_ratio": ({}, 1.0),
+    "identity": ({}, True),
     "prefix": ({}, "zero"),
     "bank_source": ({}, "random"),
     "bank.capacity": ({}, 6),

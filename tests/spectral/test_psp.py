@@ -44,6 +44,21 @@ def test_the_block_is_the_librarys_pre_norm_encoder_layer() -> None:
     torch.testing.assert_close(block(x), reference_block(block, x))
 
 
+def test_an_untrained_block_that_starts_as_the_identity_changes_nothing_and_learns() -> None:
+    with seeds.scope(0, "psp"):
+        block, plain = Block(DIM, HEADS, 2.0, identity=True), Block(DIM, HEADS, 2.0)
+    tokens = draw(2, 5, DIM)
+    assert torch.equal(block(tokens), tokens)
+    assert not torch.equal(plain(tokens), tokens)
+    optimiser = torch.optim.SGD(block.parameters(), lr=0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        (block(tokens) - tokens.flip(-1)).square().mean().backward()
+        optimiser.step()
+    moved = {name for name, parameter in block.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    assert moved == {name for name, _ in block.named_parameters()}, "zero at the end stops no gradient after the first step"
+
+
 def test_parts_are_prefix_content_suffix_in_this_order() -> None:
     psp, z, r = build(), draw(2, 4, DIM, seed=1), draw(2, 4, DIM, seed=2)
     e = psp.parts.vectors
