@@ -134,3 +134,6 @@ def test_a_head_that_few_hold_has_the_mean_of_those(tmp_path: Path) -> None:
             strategy.receive(server, Reply("train", round_index, client, 3, {}, extra))
         strategy.end_round(server, round_index)
     assert {n: float(t) for n, t in server.extra.items()} == {"fediir/mean/v": 3.0, "fediir/mean/w": 4.0}
+    strategy.holds = {"b": frozenset({"w"})}
+    assert set(strategy.extra_for(server, "a")) == {"fediir/mean/v", "fediir/mean/w"}
+    assert set(strategy.extra_for(server, "b")) == {"fediir/mean/w"}, "nobody gets the gradient of a head that it has not"

@@ -81,9 +81,10 @@ class FedIIR(Strategy):
 
     # ------------------------------------------------------------------ the server
     def extra_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
-        """G, once there is one."""
-        del client
-        return {n: t for n, t in server.extra.items() if n.startswith(_MEAN)}
+        """G of what the client holds, once there is one."""
+        held = self.holds.get(client)
+        mean = {n: t for n, t in server.extra.items() if n.startswith(_MEAN)}
+        return mean if held is None else {n: t for n, t in mean.items() if n.removeprefix(_MEAN) in held}
 
     def begin_round(self, server: ServerState) -> None:
         """Wait for gradients."""
