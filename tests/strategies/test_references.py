@@ -75,8 +75,8 @@ def scaffold(p: Regression, server_step: float) -> Array:
     return x
 
 
-def feddyn(p: Regression, alpha: float) -> Array:
-    """Acar et al. 2021, Algorithm 1, local descent in place of the argmin."""
+def feddyn(p: Regression, alpha: float, scored: str) -> Array:
+    """Acar et al. 2021, Algorithm 1, local descent in place of the argmin. "mean": of the models of the last round."""
     theta, h = p.start, np.zeros_like(p.start)
     g = {i: np.zeros_like(h) for i in p.x}
     for t, sampled in p.rounds():
@@ -88,8 +88,9 @@ def feddyn(p: Regression, alpha: float) -> Array:
             g[i] = g[i] - alpha * (w - theta)
             ends.append(w)
         h = h - alpha / len(p.x) * sum(w - theta for w in ends)
-        theta = np.mean(ends, axis=0) - h / alpha
-    return theta
+        mean = np.mean(ends, axis=0)
+        theta = mean - h / alpha
+    return theta if scored == "server" else mean
 
 
 def harmofl(p: Regression, window: float, perturbation: float) -> Array:
@@ -180,7 +181,8 @@ REFERENCES: dict[str, tuple[str, dict[str, Any], Callable[..., Array]]] = {
     "fedadam": ("fedadam", ADAPTIVE, fedopt),
     "fedyogi": ("fedyogi", ADAPTIVE, fedyogi),
     "scaffold": ("scaffold", {"server_step": 0.8}, scaffold),
-    "feddyn": ("feddyn", {"alpha": 0.3}, feddyn),
+    "feddyn": ("feddyn", {"alpha": 0.3, "scored": "server"}, feddyn),
+    "feddyn, mean": ("feddyn", {"alpha": 0.3, "scored": "mean"}, feddyn),
     "harmofl": ("harmofl", {"window": 0.07, "perturbation": 0.3}, harmofl),
     "harmofl, brightness": ("harmofl", {"window": 0.0, "perturbation": 0.05}, harmofl),
     "fedgma": ("fedgma", {"tau": 0.6}, fedgma),
