@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from omnifm.federation.client import STATE
 from tests.strategies.references import BIAS, LR, WEIGHT, Array, assert_same, features, images, lab_of, order
-from tests.support import CLASSES, Lab
+from tests.support import BATCH, CLASSES, Lab
 
 HIDDEN = 5
 PHI = ("backbone.layers.0.weight", "backbone.layers.0.bias")
@@ -184,21 +184,22 @@ def test_gpfl_is_the_papers(tmp_path: Path) -> None:
 
 
 def test_fediir_is_the_papers_with_the_mean_gradient_of_the_round_before(tmp_path: Path) -> None:
-    """Guo et al. 2023: || grad_psi - G ||^2, its own gradient through both. G: a moving mean over the batches of all."""
+    """Guo et al. 2023: || grad_psi - G ||^2, its own gradient through both. G: a moving mean over all batches, at theta^t."""
     penalty, ema = 0.9, 0.4
     lab = lab_of(tmp_path, "fediir", {"penalty": penalty, "ema": ema}, HIDDEN)
     net = Network(lab)
     theta, goal = net.start, dict[str, Tensor]()
     for t, sampled in net.rounds():
-        seen: list[tuple[Tensor, ...]] = []
 
-        def loss(p: P, x: Tensor, y: Tensor, seen: list[tuple[Tensor, ...]] = seen, goal: P = goal) -> Tensor:
+        def loss(p: P, x: Tensor, y: Tensor, goal: P = goal) -> Tensor:
             task = plain(p, x, y)
             own = torch.autograd.grad(task, [p[n] for n in PSI], create_graph=True)
-            seen.append(tuple(g.detach() for g in own))
             away = [(g - goal[n]).square().sum() for n, g in zip(PSI, own, strict=True) if goal]
             return task + penalty * torch.stack(away).sum() if away else task
 
+        received = {n: w.clone().requires_grad_() for n, w in theta.items()}
+        batches = [pair for i in sampled for pair in zip(net.x[i].split(BATCH), net.y[i].split(BATCH), strict=True)]
+        seen = [torch.autograd.grad(plain(received, x, y), [received[n] for n in PSI]) for x, y in batches]
         theta = net.mean({i: net.sgd(theta, loss, i, t) for i in sampled})
         means = {n: torch.stack([g[k] for g in seen]).mean(dim=0) for k, n in enumerate(PSI)}
         goal = {n: ema * goal.get(n, torch.zeros_like(m)) + (1 - ema) * m for n, m in means.items()}
