@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from omnifm import seeds
 from omnifm.federation.client import STATE
-from tests.strategies.references import LR, Array, Regression, assert_same, features, images, lab_of, matrix, slope
+from tests.strategies.references import LR, Array, Regression, assert_same, features, images, lab_of, matrix, order, slope
 
 
 def fedavg(p: Regression) -> Array:
@@ -97,8 +99,7 @@ def harmofl(p: Regression, window: float, perturbation: float) -> Array:
     """Jiang et al. 2022: all images get the mean amplitude; sharpness-aware steps; a plain mean."""
     raw = {i: np.fft.fft2(images(p.lab, i), norm="ortho") for i in p.x}
     amplitude = np.mean([np.abs(f).mean(axis=0) for f in raw.values()], axis=0)
-    near = np.abs(np.fft.fftfreq(16, 1 / 16)) <= int(window * 16)
-    inside = near[:, None] & near[None]
+    inside = inner_window(window)
     for i, f in raw.items():
         changed = np.where(inside, amplitude, np.abs(f)) * np.exp(1j * np.angle(f))
         p.x[i] = features(np.fft.ifft2(changed, norm="ortho").real)
@@ -113,6 +114,38 @@ def harmofl(p: Regression, window: float, perturbation: float) -> Array:
             ends.append(w)
         theta = np.mean(ends, axis=0)
     return theta
+
+
+def feddg(p: Regression, window: float, bank_share: float, inner_lr: float, inner_clip: float) -> Array:
+    """Liu et al. 2021: a step ahead, and there the gradient on images in the style of other clients' images."""
+    inside = inner_window(window)
+    raw = {i: np.fft.fft2(images(p.lab, i)) for i in p.x}
+    bank = {}
+    for i, f in raw.items():
+        given = torch.randperm(len(f), generator=seeds.generator(p.lab.config.seed, "feddg", "bank", i))
+        bank[i] = np.abs(f)[np.sort(given[: int(np.ceil(bank_share * len(f)))].numpy())]
+    theta = p.start
+    for t, sampled in p.rounds():
+        ends = {}
+        for i in sampled:
+            w, others = theta, [bank[j] for j in sorted(bank) if j != i]
+            for step, index in enumerate(order(p.lab, i, t)):
+                x, y, f = p.x[i][index.numpy()], p.y[i][index.numpy()], raw[i][index.numpy()]
+                g = seeds.generator(p.lab.config.seed, "feddg", t, i, step)
+                owners = torch.randint(len(others), (len(x),), generator=g)
+                style = np.stack([others[o][int(torch.randint(len(others[o]), (1,), generator=g))] for o in owners])
+                changed = np.where(inside, style, np.abs(f)) * np.exp(1j * np.angle(f))
+                ahead = w - inner_lr * np.clip(slope(w, x, y), -inner_clip, inner_clip)
+                w = w - LR * (slope(w, x, y) + slope(ahead, features(np.fft.ifft2(changed).real.clip(0, 1)), y))
+            ends[i] = w
+        theta = p.mean(ends)
+    return theta
+
+
+def inner_window(share: float) -> Any:
+    """Return where both frequencies are at most `share` of the side, as it stands in a whole transform."""
+    near = np.abs(np.fft.fftfreq(16, 1 / 16)) <= int(share * 16)
+    return near[:, None] & near[None]
 
 
 def fedgma(p: Regression, tau: float, hard: bool = False) -> Array:
@@ -185,6 +218,7 @@ REFERENCES: dict[str, tuple[str, dict[str, Any], Callable[..., Array]]] = {
     "feddyn, mean": ("feddyn", {"alpha": 0.3, "scored": "mean"}, feddyn),
     "harmofl": ("harmofl", {"window": 0.07, "perturbation": 0.3}, harmofl),
     "harmofl, brightness": ("harmofl", {"window": 0.0, "perturbation": 0.05}, harmofl),
+    "feddg": ("feddg", {"window": 0.07, "bank_share": 0.5, "inner_lr": 0.5, "inner_clip": 0.03}, feddg),
     "fedgma": ("fedgma", {"tau": 0.6}, fedgma),
     "and_mask": ("and_mask", {"tau": 0.5}, and_mask),
     "median": ("median", {}, median),
