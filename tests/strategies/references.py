@@ -26,8 +26,10 @@ ALL = (("a", "b", "c", "d", "e"),) * 3
 WEIGHT, BIAS = "head.linear.weight", "head.linear.bias"
 
 
-def lab_of(folder: Path, strategy: str, options: Mapping[str, Any], hidden: int = 0, everybody: bool = False, **more: Any) -> Lab:
-    """Three rounds of plain SGD, over a softmax regression or a network with `hidden` tanh units."""
+def lab_of(
+    folder: Path, strategy: str, options: Mapping[str, Any], hidden: int | None = 0, everybody: bool = False, **more: Any
+) -> Lab:
+    """Three rounds of plain SGD, over a softmax regression, `hidden` tanh units, or a convolution (None)."""
     changes: dict[str, Any] = {
         "optimiser__lr": LR,
         "optimiser__momentum": 0.0,

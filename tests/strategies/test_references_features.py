@@ -268,3 +268,30 @@ def test_feddat_is_the_papers(tmp_path: Path) -> None:
     assert abs(flat(theta, shared) - flat(net.start, shared)).max() > 1e-2
     for i, p in own.items():
         assert_same(flat(lab.private(i), private), flat(p, private))
+
+
+def test_fedbn_is_the_papers(tmp_path: Path) -> None:
+    """Li et al. 2021, Algorithm 1, on a convolution: everything but BatchNorm is averaged, which each client keeps."""
+    lab = lab_of(tmp_path, "fedbn", {}, None, model__norm="batch")
+    net = Network(lab)
+    net.x = {i: torch.from_numpy(images(lab, i))[:, None] for i in net.x}
+    conv, norm = (tuple(f"backbone.{what}.{n}" for n in ("weight", "bias")) for what in ("conv", "norm"))
+
+    def loss(p: P, x: Tensor, y: Tensor) -> Tensor:
+        maps = functional.conv2d(x - 0.5, *(p[n] for n in conv), stride=4)
+        mean, variance = maps.mean(dim=(0, 2, 3)), maps.var(dim=(0, 2, 3), correction=0)
+        scale = p[norm[0]] / (variance + 1e-5).sqrt()
+        maps = maps * scale[:, None, None] + (p[norm[1]] - mean * scale)[:, None, None]
+        return functional.cross_entropy(functional.linear(maps.relu().mean(dim=(2, 3)), p[WEIGHT], p[BIAS]), y)
+
+    theta = {n: net.start[n] for n in (*conv, *PSI)}
+    own = {i: {n: net.start[n] for n in norm} for i in net.x}
+    for t, sampled in net.rounds():
+        ends = {i: net.sgd(theta | own[i], loss, i, t) for i in sampled}
+        own |= {i: {n: p[n] for n in norm} for i, p in ends.items()}
+        theta = net.mean(ends, tuple(theta))
+    server = lab.run()
+    assert server.shared.keys() == theta.keys()
+    assert_same(flat(server.shared, theta), flat(theta, theta))
+    for i, p in own.items():
+        assert_same(flat(lab.private(i), norm), flat(p, norm))
