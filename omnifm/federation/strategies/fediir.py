@@ -12,7 +12,7 @@ shrink and turn: over five local epochs, on a toy problem, to a third of the len
 them in an exchange of its own, and G is of this round. Here they come with the model, and G is used from the next round on; so it
 is one round old, its clients may be others, and the first round is FedAvg. Every step passes its batch twice: attention is taken
 apart in the second pass, as the fast one has no second derivative. psi is what personalised methods keep at the client; here it
-is shared like all else.
+is shared like all else. Models weigh as in FedAvg; the code counts every client the same: `federation.weighting = "equal"`.
 
 traffic  psi each way, beside the model: the sum of gradients up, G down
 state    G at the server
