@@ -98,8 +98,23 @@ class TinyBackbone(Backbone):
         return Features(functional.relu(self.norm(self.conv(inputs.image - 0.5))).flatten(2).transpose(1, 2))
 
 
+class FlatBackbone(Backbone):
+    """One token: 16 averages of 4 x 4 pixels as they are, which makes the model a softmax regression, or `hidden` tanh units."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.token_dim = hidden or SIZE
+        self.layers = nn.Sequential(nn.Linear(SIZE, hidden), nn.Tanh()) if hidden else nn.Sequential()
+
+    def forward(self, inputs: Inputs) -> Features:
+        return Features(self.layers(functional.avg_pool2d(inputs.image - 0.5, 4).flatten(1))[:, None])
+
+
 class MemoryTask(Task):
-    """Classification of the hospitals' images. `data` replaces what a hospital holds; `seen` counts trained examples."""
+    """Classification of the hospitals' images.
+
+    `data` replaces what a hospital holds; `seen` counts trained examples. `hidden`: see FlatBackbone; None: convolution.
+    """
 
     name = "classification"
     reads = frozenset({"classification"})
@@ -107,8 +122,14 @@ class MemoryTask(Task):
     one_label_space = True
     label_count = CLASSES
 
-    def __init__(self, hospitals: Sequence[Hospital], norm: str = "group", data: Mapping[str, ClientData] | None = None) -> None:
-        self._norm = norm
+    def __init__(
+        self,
+        hospitals: Sequence[Hospital],
+        norm: str = "group",
+        data: Mapping[str, ClientData] | None = None,
+        hidden: int | None = None,
+    ) -> None:
+        self._norm, self._hidden = norm, hidden
         self._data = {h.id: self._draw(h) for h in hospitals} | dict(data or {})
         self.seen = 0
 
@@ -125,7 +146,7 @@ class MemoryTask(Task):
         return train.batch(torch.arange(len(train))).target
 
     def backbone(self) -> Backbone:
-        return TinyBackbone(self._norm)
+        return TinyBackbone(self._norm) if self._hidden is None else FlatBackbone(self._hidden)
 
     def head(self, token_dim: int) -> Head:
         return PooledLinear(token_dim, CLASSES)
@@ -248,11 +269,12 @@ def make_lab(
     engine: MakeEngine = InProcessEngine,
     schedule: Sequence[Sequence[str]] | None = None,
     checkpoint: bool = False,
+    hidden: int | None = None,
     **changes: Any,
 ) -> Lab:
-    """Build a federation with private state in `folder`. `changes`: config keys with `__` for the dot."""
+    """Build a federation with private state in `folder`. `hidden`: as MemoryTask's; `changes`: config keys, `__` for the dot."""
     config = make_config(strategy, options, **changes)
-    task = MemoryTask(hospitals, config.model.norm, data)
+    task = MemoryTask(hospitals, config.model.norm, data, hidden)
     site_strategy, server_strategy = (make_strategy(config, hospitals, task) for _ in range(2))
     store = ClientStore(folder / "clients")
     local = LocalConfig(

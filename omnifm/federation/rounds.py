@@ -136,7 +136,7 @@ def _requests(
         settings["steps"] = config.local_steps * len(sampled)
         clients = (POOLED,)
     for client in clients:
-        tensors = held(strategy.shared_for(server, client), federation.holds.get(client))
+        tensors = held(strategy.start_for(server, client), federation.holds.get(client))
         extra = strategy.extra_for(server, client)
         down[client] = size_by_group(tensors, extra)
         yield Request("train", index, client, tensors, extra, settings)

@@ -155,6 +155,10 @@ class Strategy:
         """Return the shared tensors that `client` gets."""
         return self.neighbourhoods.tensors_for(server, client, self.common) if self.neighbourhoods else server.shared
 
+    def start_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
+        """Return the shared tensors from which `client` trains; the same names as `shared_for`, which is what is scored."""
+        return self.shared_for(server, client)
+
     def extra_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
         """Return the further tensors that `client` gets with a training or evaluation request."""
         del server, client

@@ -52,6 +52,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "discriminator_epochs": ({}, 1),
     "rank": ({}, 2),
     "alpha": ({}, 32.0),
+    "scored": ({}, "mean"),
     "average": ({}, "exact"),
     "reduction": ({}, 4),
     "temperature": ({}, 1.0),

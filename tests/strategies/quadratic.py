@@ -25,7 +25,12 @@ class Point(nn.Module):
 
 
 def minimise(
-    strategy: Strategy, rounds: int, steps: int, lr: float, schedule: Sequence[Sequence[str]] = (("a", "b", "c"),)
+    strategy: Strategy,
+    rounds: int,
+    steps: int,
+    lr: float,
+    schedule: Sequence[Sequence[str]] = (("a", "b", "c"),),
+    momentum: float = 0.0,
 ) -> tuple[ServerState, dict[str, dict[str, torch.Tensor]]]:
     """Run gradient descent at the clients, the strategy everywhere; return what the server and the clients remember."""
     server = ServerState({"theta": torch.zeros(1, dtype=torch.float64)})
@@ -42,10 +47,12 @@ def minimise(
             anchor = dict(server.shared)
             job = LocalJob(client, index, whole, data, extra, anchor, states[client], 0, torch.device("cpu"), lr=lr)
             strategy.begin(job)
+            velocity = torch.zeros_like(model.theta)
             for _ in range(steps):
                 model.theta.grad = a * (model.theta.data - b)
                 strategy.correct(Step(job, Batch(nothing, nothing, nothing), Output(nothing)))
-                model.theta.data -= lr * model.theta.grad
+                velocity = momentum * velocity + model.theta.grad
+                model.theta.data -= lr * velocity
                 job.steps += 1
             upload = strategy.finish(job)
             tensors = {"theta": model.theta.detach().clone()}

@@ -154,3 +154,36 @@ def test_the_server_may_go_part_of_the_way(tmp_path: Path) -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"strategies\.feddyn\.{message}"):
         make_lab(tmp_path, "feddyn", options)
+
+
+@pytest.mark.parametrize("changes", [{}, {"federation__participation": 0.5, "model__norm": "batch"}])
+def test_clients_train_alike_whichever_model_is_scored(changes: dict[str, Any], tmp_path: Path) -> None:
+    changes = {"federation__rounds": 4, **changes}
+    server_, mean_ = (
+        make_lab(tmp_path / scored, "feddyn", {"alpha": 0.1, "scored": scored}, engine=Spy, **changes)
+        for scored in ("server", "mean")
+    )
+    first, second = server_.run(), mean_.run()
+    for a, b in zip(spy(server_).trained(), spy(mean_).trained(), strict=True):
+        assert (a.client, differing(dict(a.tensors), dict(b.tensors))) == (b.client, [])
+    assert differing(first.extra, second.extra) == []
+    last = spy(mean_).trained(3)
+    for name, tensor in second.shared.items():
+        duals = second.extra.get(SERVER + name)
+        torch.testing.assert_close(first.shared[name], tensor if duals is None else tensor - duals, atol=0, rtol=0)
+        if duals is not None:
+            mean = torch.stack([reply.tensors[name].double() for reply in last]).mean(dim=0)
+            torch.testing.assert_close(tensor.double(), mean, atol=1e-6, rtol=0)
+    scored = {n: t for r in evaluated(mean_, second) for n, t in r.items()}
+    assert differing(scored, dict(second.shared)) == [], "the mean is what an evaluation sends"
+
+
+def evaluated(lab: Lab, server: ServerState) -> list[dict[str, Tensor]]:
+    before = len(spy(lab).requests)
+    lab.evaluate(server)
+    return [dict(request.tensors) for request in spy(lab).requests[before:]]
+
+
+def test_the_mean_is_of_whole_steps(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"strategies\.feddyn.*set server_step = 1"):
+        make_lab(tmp_path, "feddyn", {"scored": "mean", "server_step": 0.5})

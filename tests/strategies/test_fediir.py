@@ -11,14 +11,14 @@ from torch.nn import functional
 from omnifm.errors import FederationError
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import ServerState
-from tests.support import HOSPITALS, Altered, Spy, differing, make_lab, spy
+from tests.support import HOSPITALS, Altered, Hospital, MemoryTask, Spy, differing, make_lab, spy
 
 PSI = ("head.linear.weight", "head.linear.bias")
 NAN = float("nan")
 
 
 def test_a_run_agrees_with_one_written_by_hand(tmp_path: Path) -> None:
-    """Plain torch: three rounds of a lone client in full batches. G stays from round to round and bends the backbone."""
+    """Plain torch: three rounds of a lone client in full batches. G is of the model received, and stays from round to round."""
     penalty, ema, lr, decay = 0.7, 0.4, 0.1, 1e-4
     lab = make_lab(
         tmp_path / "1",
@@ -37,17 +37,16 @@ def test_a_run_agrees_with_one_written_by_hand(tmp_path: Path) -> None:
     batch = train.batch(torch.arange(len(train)))
     mean: list[Tensor] | None = None
     for _ in range(3):
-        sums = [torch.zeros_like(p) for p in psi]
+        received = torch.autograd.grad(functional.cross_entropy(model(batch.inputs).prediction, batch.target), psi)
         for _ in range(2):
             loss = functional.cross_entropy(model(batch.inputs).prediction, batch.target)
             found = torch.autograd.grad(loss, psi, create_graph=True)
-            sums = [s + g.detach() for s, g in zip(sums, found, strict=True)]
             total = loss
             if mean is not None:
                 total = loss + penalty * sum(((g - m) ** 2).sum() for g, m in zip(found, mean, strict=True))
             for p, g in zip(parameters.values(), torch.autograd.grad(total, list(parameters.values())), strict=True):
                 p.data -= lr * (g + decay * p.data)
-        new = [(1 - ema) * s / 2 for s in sums]
+        new = [(1 - ema) * g for g in received]
         mean = new if mean is None else [ema * m + n for m, n in zip(mean, new, strict=True)]
     server = lab.run()
     for name, p in parameters.items():
@@ -134,3 +133,22 @@ def test_a_head_that_few_hold_has_the_mean_of_those(tmp_path: Path) -> None:
             strategy.receive(server, Reply("train", round_index, client, 3, {}, extra))
         strategy.end_round(server, round_index)
     assert {n: float(t) for n, t in server.extra.items()} == {"fediir/mean/v": 3.0, "fediir/mean/w": 4.0}
+    strategy.holds = {"b": frozenset({"w"})}
+    assert set(strategy.extra_for(server, "a")) == {"fediir/mean/v", "fediir/mean/w"}
+    assert set(strategy.extra_for(server, "b")) == {"fediir/mean/w"}, "nobody gets the gradient of a head that it has not"
+
+
+def test_gradients_are_of_every_batch_but_one_of_one(tmp_path: Path) -> None:
+    """With BatchNorm a single example cannot be passed, and the local loop leaves it out as well."""
+    hospitals = (Hospital("a", "CT", 9), Hospital("b", "MRI", 3), Hospital("c", "US", 10))
+    lab = make_lab(tmp_path, "fediir", hospitals=hospitals, engine=Spy, model__norm="batch", federation__local_epochs=3)
+    lab.run()
+    assert [int(r.extra["fediir/batches"]) for r in spy(lab).trained(1)] == [2, 1, 3], "and not of every step"
+
+
+def test_a_head_that_is_frozen_has_no_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryTask, "begin_training", lambda self, model, t: model.head.requires_grad_(t > 0))
+    lab = make_lab(tmp_path, "fediir", engine=Spy, federation__rounds=3)
+    lab.run()
+    told = [[sorted(r.extra) for r in spy(lab).trained(t)] for t in (0, 1)]
+    assert told == [[["fediir/batches"]] * 4, [["fediir/batches", *sorted(f"fediir/sum/{n}" for n in PSI)]] * 4]

@@ -151,3 +151,16 @@ def test_bad_prototypes_name_the_client(name: str, tmp_path: Path) -> None:
     lab.engine = Altered(lab.site, alter)
     with pytest.raises(FederationError, match=f"client d, round 1: .*{message}"):
         lab.run()
+
+
+def test_a_feature_that_is_not_finite_never_leaves(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, "fedproto")
+    forward = lab.site.model.backbone.forward
+
+    def broken(inputs: Any) -> Any:
+        features = forward(inputs)
+        return features if lab.site.model.backbone.training else features._replace(tokens=features.tokens * NAN)
+
+    lab.site.model.backbone.forward = broken  # type: ignore[method-assign]
+    with pytest.raises(FederationError, match="client a, round 0: a feature is not finite"):
+        lab.run()

@@ -10,7 +10,7 @@ from torch import Tensor
 from omnifm.errors import FederationError
 from omnifm.federation.messages import Reply
 from omnifm.tasks.base import Batch
-from tests.support import HOSPITALS, SIZE, Altered, Lab, Spy, differing, make_lab, spy
+from tests.support import HOSPITALS, NEIGHBOURS, SIZE, Altered, Lab, Spy, differing, make_lab, spy
 
 OFF: dict[str, Any] = {"amplitude_norm": False, "perturbation": 0.0}
 NAME = f"harmofl/amplitude/1x{SIZE}x{SIZE}"
@@ -150,3 +150,11 @@ def test_an_image_of_another_shape_is_refused(tmp_path: Path) -> None:
     predict = lab.site.predictor(request)
     with pytest.raises(FederationError, match="client a: there is no mean amplitude for images of 1x8x8"):
         predict(Batch(torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1)))
+
+
+def test_without_amplitudes_neighbourhoods_still_form(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, "harmofl", {**NEIGHBOURS, "amplitude_norm": False}, engine=Spy)
+    server = lab.run()
+    told = [r.extra for r in spy(lab).replies if r.kind == "describe"]
+    assert len(told) == 4 and all(set(extra) == {"signature"} for extra in told)
+    assert NAME not in server.extra and server.meta["neighbourhoods"]

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from omnifm.build import strategy_options
 from omnifm.config import parse
-from omnifm.errors import ConfigError
+from omnifm.errors import ConfigError, FederationError
 from omnifm.federation.client import STATE
 from omnifm.federation.strategies.omnifm import OmniFM, OmniFMOptions
 from omnifm.spectral.compose import SpectralPath
@@ -207,3 +208,15 @@ def test_the_penalty_is_in_the_loss_that_is_minimised(tmp_path: Path) -> None:
         return sum(penalties) / len(penalties) / lam
 
     assert distance(10.0) < 0.7 * distance(1e-3)
+
+
+def test_an_embedding_that_is_not_finite_never_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed = SpectralPath.embed
+    monkeypatch.setattr(SpectralPath, "embed", lambda self, image: embed(self, image) * float("nan"))
+    with pytest.raises(FederationError, match="client a, round 0: a spectral embedding is not finite"):
+        make_lab(tmp_path, "omnifm").run()
+
+
+def test_options_are_a_table() -> None:
+    with pytest.raises(ValidationError):
+        OmniFM.Options.model_validate("best")

@@ -13,7 +13,7 @@ from torch import Tensor
 from omnifm.errors import FederationError
 from omnifm.federation.messages import Reply, Request
 from omnifm.federation.robust import hostile_among
-from tests.support import Altered, Hospital, Lab, make_lab
+from tests.support import Altered, Hospital, Lab, Spy, differing, make_lab, spy
 
 ROBUST = ["median", "trimmed_mean", "multikrum", "clipped_mean"]
 CLIENTS = tuple(Hospital(name, "CT", 8) for name in "abcdefghij")
@@ -156,3 +156,17 @@ def test_a_share_of_clients_is_rounded_up() -> None:
     assert [hostile_among(0.2, n) for n in (1, 4, 5, 6, 10, 15)] == [1, 1, 1, 2, 2, 3]
     assert hostile_among(0.07, 100) == 7, "0.07 * 100 is a little more than 7"
     assert hostile_among(0.0, 9) == 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"), [("trimmed_mean", {"beta": 0}), ("multikrum", {"hostile": 0}), ("clipped_mean", {"bound": 99})]
+)
+def test_without_a_guard_statistics_alone_are_not_fedavgs(strategy: str, options: dict[str, float], tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"federation__rounds": 1, "federation__weighting": "equal", "model__norm": "batch"}
+    lab = make_lab(tmp_path / "1", strategy, options, engine=Spy, **changes)
+    ours, plain = lab.run().shared, make_lab(tmp_path / "2", **changes).run().shared
+    moving = {n for n in ours if "running" in n}
+    assert set(differing(ours, plain)) == moving and len(moving) == 2
+    for name in moving:
+        middle = torch.stack([reply.tensors[name] for reply in spy(lab).trained()]).sort(dim=0).values[1:3].mean(dim=0)
+        torch.testing.assert_close(ours[name], middle)

@@ -15,7 +15,7 @@ from omnifm.federation.messages import Reply
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategies.scaffold import CHANGE, CONTROL
 from omnifm.tasks.base import Batch
-from tests.strategies.quadratic import CLIENTS, OPTIMUM, minimise
+from tests.strategies.quadratic import CLIENTS, CURVES, OPTIMUM, minimise
 from tests.support import HOSPITALS, Altered, Lab, Spy, differing, make_lab, spy
 
 PLAIN: dict[str, Any] = {"optimiser__momentum": 0.0, "optimiser__weight_decay": 0.0}
@@ -120,6 +120,16 @@ def test_it_ends_where_fedavg_does_not(tmp_path: Path) -> None:
     assert total == pytest.approx(3 * float(server.extra[CONTROL + "theta"]), abs=1e-9)
     plain = float(minimise(labs["fedavg"].strategy, 200, 10, 0.05)[0].shared["theta"])
     assert abs(plain - OPTIMUM) > 0.02
+
+
+@pytest.mark.parametrize("schedule", [(("a", "b", "c"),), (("a", "b"), ("b", "c"), ("a", "c"))])
+def test_with_momentum_it_ends_at_the_optimum_too(schedule: tuple[tuple[str, ...], ...], tmp_path: Path) -> None:
+    """Control variates are mean gradients. From the distance, which momentum makes longer, they would be too large to settle."""
+    lab = make_lab(tmp_path, "scaffold", hospitals=CLIENTS)
+    server, states = minimise(lab.strategy, 600, 20, 0.02, schedule, momentum=0.9)
+    assert float(server.shared["theta"]) == pytest.approx(OPTIMUM, abs=1e-6)
+    for client, (a, b) in CURVES.items():
+        assert float(states[client][CONTROL + "theta"]) == pytest.approx(a * (OPTIMUM - b), abs=1e-5)
 
 
 def test_a_tensor_that_few_hold_counts_those(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Sun, Kairouz, Suresh, McMahan, "Can you really backdoor federated learning?", ar
 (the noise that may go with it is left out). The paper's M is a number that is known to suit; `bound` = 0 takes the median of the
 round's norms instead, which hostile clients cannot move far while they are fewer than half. p_i are FedAvg's weights, as in the
 paper: who does not trust a client's number of examples sets `federation.weighting = "equal"`. With a `bound` that no update
-reaches it is FedAvg.
+reaches it is FedAvg, running statistics apart.
 
 The direction of an update is not judged: a client that turns it round slows the others down and is not shut out. A reply that is
 not finite is left out and counted. Nothing is sent besides the model. The server keeps a round's replies until it ends. The norm

@@ -14,12 +14,17 @@ private  g_i, as much as the model          traffic  FedAvg's
 server   h, as much as the model
 
 Clients count the same, however many examples they have. The rule is for parameters; buffers are FedAvg's, and weighed as in
-FedAvg. With AdamW the terms are rescaled like any other gradient. theta^{t+1} is scored; it is noisy where few take part.
+FedAvg. With AdamW the terms are rescaled like any other gradient.
+
+What is scored, and what a run leaves behind, is theta^{t+1} as in the algorithm (`scored` = "server"). It is noisy where few take
+part: h / alpha is a sum over all rounds. The published code never scores it, but the mean of the round's models ("mean" here) and
+the mean of all clients' last ones, for which a server would have to keep every client's. Clients train alike under both.
 """
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from omnifm.federation.aggregation import step_towards
@@ -32,9 +37,16 @@ LINEAR, SERVER = "feddyn/linear/", "feddyn/server/"
 
 
 class FedDynOptions(OneMeanOptions):
-    """FedDyn's one number."""
+    """FedDyn's number, and its model."""
 
     alpha: float = Field(0.01, gt=0, description="Weight of the quadratic term; the linear one learns in its proportion.")
+    scored: Literal["server", "mean"] = Field("server", description="The scored model: theta, or the mean of a round's models.")
+
+    @model_validator(mode="after")
+    def _whole_step(self) -> Self:
+        if self.scored == "mean" and self.server_step != 1:
+            raise ValueError('scored = "mean" is of whole steps: set server_step = 1')
+        return self
 
 
 class FedDyn(Strategy):
@@ -69,6 +81,16 @@ class FedDyn(Strategy):
         return Upload()
 
     # ------------------------------------------------------------------ the server
+    def start_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
+        """Return theta^t; where the server keeps the mean of the models, that less h / alpha."""
+        shared = super().start_for(server, client)
+        return shared if self.options.scored == "server" else {n: self._started(server, n) for n in shared}
+
+    def _started(self, server: ServerState, name: str) -> Tensor:
+        kept = server.shared[name]
+        dual = server.extra.get(SERVER + name) if self.options.scored == "mean" else None
+        return kept if dual is None else kept - dual
+
     def begin_round(self, server: ServerState) -> None:
         """Nobody answered yet."""
         super().begin_round(server)
@@ -86,8 +108,10 @@ class FedDyn(Strategy):
         after = self._mean.value()
         for name, count in self._counts.items():
             share = count / self._holders(name)  # m / N
+            moved = after[name] - self._started(server, name)
             known: Tensor | int = server.extra.get(SERVER + name, 0)
-            server.extra[SERVER + name] = known - share * (after[name] - server.shared[name])
-            after[name] = after[name] - server.extra[SERVER + name]
+            server.extra[SERVER + name] = known - share * moved
+            if self.options.scored == "server":
+                after[name] = after[name] - server.extra[SERVER + name]
         server.shared = step_towards(server.shared, after, self.options.server_step)
         return {}

@@ -7,7 +7,7 @@ Blanchard, El Mhamdi, Guerraoui, Stainer, "Machine learning with adversaries: By
 Section 4 (Krum; q = 1) and its Multi-Krum, for models after local training instead of gradients. f is the number of hostile
 clients the rule is prepared for, `hostile` n rounded up. q = n - f unless `chosen` says otherwise. The guarantee needs
 n > 2 f + 2: with fewer clients the rule still needs one neighbour, so f is at most n - 3, and its promise is only that a lone
-stranger is not chosen. hostile = 0 is FedAvg with `federation.weighting = "equal"`.
+stranger is not chosen. hostile = 0 is FedAvg with `federation.weighting = "equal"`, running statistics apart.
 
 It chooses whole models: where honest clients see different modalities, one that is unlike all others is not chosen either; the
 round's event says who was. A reply that is not finite is left out and counted, before n. Nothing is sent besides the model. The

@@ -7,8 +7,8 @@ Algorithm 1, Option II (Definition 2), for models after local training instead o
 clients; .2 guards against one of five, and at its largest the rule is the median. Adaptation: the paper leaves whole numbers to
 the reader; k is rounded up, so that beta > 0 never means no guard, while one value or two remain.
 
-beta = 0 is FedAvg with `federation.weighting = "equal"`. A reply that is not finite is left out and counted. Nothing is sent
-besides the model. The server keeps a round's replies until it ends. Running statistics take the median.
+beta = 0 is FedAvg with `federation.weighting = "equal"`, running statistics apart: they take the median. A reply that is not
+finite is left out and counted. Nothing is sent besides the model. The server keeps a round's replies until it ends.
 """
 
 from collections.abc import Sequence
