@@ -53,6 +53,7 @@ class ADCOL(Strategy):
     """FedAvg with a discriminator at the server."""
 
     Options: ClassVar[type[StrategyOptions]] = ADCOLOptions
+    predicts_with_extra: ClassVar[bool] = False
     options: ADCOLOptions
 
     def setup(self, model: Model) -> None:

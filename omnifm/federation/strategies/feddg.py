@@ -60,6 +60,7 @@ class FedDG(Strategy):
     """FedAvg with an outer step on images in other clients' style."""
 
     Options: ClassVar[type[StrategyOptions]] = FedDGOptions
+    predicts_with_extra: ClassVar[bool] = False
     options: FedDGOptions
 
     def setup(self, model: Model) -> None:

@@ -46,6 +46,7 @@ class FedIIR(Strategy):
     """FedAvg with matched gradients of the classifier."""
 
     Options: ClassVar[type[StrategyOptions]] = FedIIROptions
+    predicts_with_extra: ClassVar[bool] = False
     options: FedIIROptions
 
     # ------------------------------------------------------------------ the client

@@ -42,6 +42,7 @@ class FedProto(Strategy):
     """Local training that looks at everybody's class means."""
 
     Options: ClassVar[type[StrategyOptions]] = FedProtoOptions
+    predicts_with_extra: ClassVar[bool] = False
     options: FedProtoOptions
     averages: ClassVar[bool] = False
 

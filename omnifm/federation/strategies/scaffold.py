@@ -36,6 +36,7 @@ class Scaffold(Strategy):
     """FedAvg with control variates."""
 
     Options: ClassVar[type[StrategyOptions]] = OneMeanOptions
+    predicts_with_extra: ClassVar[bool] = False
 
     # ------------------------------------------------------------------ the client
     def begin(self, job: LocalJob) -> None:
