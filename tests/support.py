@@ -37,7 +37,10 @@ STRIPES = {"CT": (1.0, 0.0), "MRI": (0.0, 2.0), "US": (3.0, 3.0)}
 TINY = {
     "omnifm": {"band": 8, "width": 4, "dim": 8, "head_dim": 4, "heads": 2, "top_k": 3, "bank": {"capacity": 8, "prototypes": 3}},
     "feddat": {"reduction": 2},
+    "f3ocus": {"layers": 2},
 }
+# Layers after the convolution, for strategies that choose among layers.
+LAYERS = {"f3ocus": 4}
 # What a strategy cannot do without.
 NEEDS = {"fedbn": {"model__norm": "batch"}}
 NEIGHBOURS = {"aggregation": "neighbours"}
@@ -98,6 +101,20 @@ class TinyBackbone(Backbone):
         return Features(functional.relu(self.norm(self.conv(inputs.image - 0.5))).flatten(2).transpose(1, 2))
 
 
+class DeeperBackbone(TinyBackbone):
+    """The tiny backbone and linear layers after it. Its first layers start as they do without the others."""
+
+    def __init__(self, norm: str, layers: int) -> None:
+        super().__init__(norm)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+
+    def forward(self, inputs: Inputs) -> Features:
+        tokens = super().forward(inputs).tokens
+        for layer in self.layers:
+            tokens = tokens + torch.tanh(layer(tokens))
+        return Features(tokens)
+
+
 class MemoryTask(Task):
     """Classification of the hospitals' images. `data` replaces what a hospital holds; `seen` counts trained examples."""
 
@@ -107,8 +124,14 @@ class MemoryTask(Task):
     one_label_space = True
     label_count = CLASSES
 
-    def __init__(self, hospitals: Sequence[Hospital], norm: str = "group", data: Mapping[str, ClientData] | None = None) -> None:
-        self._norm = norm
+    def __init__(
+        self,
+        hospitals: Sequence[Hospital],
+        norm: str = "group",
+        data: Mapping[str, ClientData] | None = None,
+        layers: int = 0,
+    ) -> None:
+        self._norm, self._layers = norm, layers
         self._data = {h.id: self._draw(h) for h in hospitals} | dict(data or {})
         self.seen = 0
 
@@ -125,7 +148,7 @@ class MemoryTask(Task):
         return train.batch(torch.arange(len(train))).target
 
     def backbone(self) -> Backbone:
-        return TinyBackbone(self._norm)
+        return DeeperBackbone(self._norm, self._layers) if self._layers else TinyBackbone(self._norm)
 
     def head(self, token_dim: int) -> Head:
         return PooledLinear(token_dim, CLASSES)
@@ -248,11 +271,12 @@ def make_lab(
     engine: MakeEngine = InProcessEngine,
     schedule: Sequence[Sequence[str]] | None = None,
     checkpoint: bool = False,
+    layers: int | None = None,
     **changes: Any,
 ) -> Lab:
     """Build a federation with private state in `folder`. `changes`: config keys with `__` for the dot."""
     config = make_config(strategy, options, **changes)
-    task = MemoryTask(hospitals, config.model.norm, data)
+    task = MemoryTask(hospitals, config.model.norm, data, LAYERS.get(strategy, 0) if layers is None else layers)
     site_strategy, server_strategy = (make_strategy(config, hospitals, task) for _ in range(2))
     store = ClientStore(folder / "clients")
     local = LocalConfig(

@@ -22,6 +22,7 @@ STRATEGIES = [
     "fediir",
     "gpfl",
     "harmofl",
+    "f3ocus",
     "lora",
     "moon",
     "median",

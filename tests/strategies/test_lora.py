@@ -13,8 +13,9 @@ from omnifm.backbones.build import build_trunk
 from omnifm.build import make_site, strategy_options
 from omnifm.config import parse
 from omnifm.errors import ConfigError
+from omnifm.federation.low_rank import LowRank
 from omnifm.federation.messages import Reply
-from omnifm.federation.strategies.lora import LowRank, refactorised
+from omnifm.federation.strategies.lora import refactorised
 from tests.run.jobs import data_folder, raw_config
 from tests.support import HOSPITALS, NEIGHBOURS, Altered, Lab, Spy, differing, make_config, make_lab, spy
 
@@ -187,7 +188,7 @@ def test_products_are_averaged_for_all_together_alone() -> None:
 
 
 def test_a_backbone_without_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omnifm.federation.strategies.lora._LAYERS", (nn.Conv3d,))
+    monkeypatch.setattr("omnifm.federation.low_rank._LAYERS", (nn.Conv3d,))
     with pytest.raises(ConfigError, match="neither linear layers nor convolutions"):
         make_lab(tmp_path, "lora")
 

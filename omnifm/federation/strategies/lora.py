@@ -17,23 +17,19 @@ the mean product has less than r dimensions, the rows of A that are left over ar
 both 0 they would never train again.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
-from omnifm.errors import ConfigError
+from omnifm.federation.low_rank import DOWN, UP, add_changes, changed_layers
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy, StrategyOptions
 from omnifm.tasks.base import Model
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_DOWN, _UP = ".parametrizations.weight.0.down", ".parametrizations.weight.0.up"
 _NEGLIGIBLE = 1e-12
 Factors = tuple[float, Tensor, Tensor]
 
@@ -52,24 +48,6 @@ class LoRAOptions(StrategyOptions):
         return self
 
 
-class LowRank(nn.Module):
-    """A layer's weight with its change."""
-
-    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
-        super().__init__()
-        outputs, inputs = weight.flatten(1).shape
-        rank = min(rank, outputs, inputs)
-        self.scale = alpha / rank
-        self.down = nn.Parameter(torch.empty(rank, inputs))
-        self.up = nn.Parameter(torch.zeros(outputs, rank))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return W'."""
-        change = self.scale * (self.up @ self.down)
-        return weight + change.view_as(weight).to(weight.dtype)
-
-
 class LoRA(Strategy):
     """FedAvg of low-rank changes and the head."""
 
@@ -77,14 +55,8 @@ class LoRA(Strategy):
     options: LoRAOptions
 
     def setup(self, model: Model) -> None:
-        """Freeze the backbone and give every layer a change. Raises ConfigError if it has no layer."""
-        layers = [module for module in model.backbone.modules() if isinstance(module, _LAYERS)]
-        if not layers:
-            raise ConfigError("strategies.lora: the backbone has neither linear layers nor convolutions")
-        model.backbone.requires_grad_(False)
-        for layer in layers:
-            change = LowRank(layer.weight, self.options.rank, self.options.alpha)
-            parametrize.register_parametrization(layer, "weight", change)
+        """Freeze the backbone and give every layer a change."""
+        add_changes(model, self.options.rank, self.options.alpha)
 
     def begin_round(self, server: ServerState) -> None:
         """Wait for factors."""
@@ -110,8 +82,8 @@ class LoRA(Strategy):
             total, step = sum(weight for weight, _, _ in factors), self.options.server_step
             parts = [(step * weight / total, down, up) for weight, down, up in factors]
             parts += [(1 - step, *old[name])] if step != 1 else []
-            down, up, values = refactorised(parts, spare=server.shared[name + _DOWN])
-            server.shared |= {name + _DOWN: down, name + _UP: up}
+            down, up, values = refactorised(parts, spare=server.shared[name + DOWN])
+            server.shared |= {name + DOWN: down, name + UP: up}
             kept += float(values[: len(down)].square().sum())
             lost += float(values[len(down) :].square().sum())
         return {**facts, "lora": {"lost": lost / (lost + kept) if lost else 0.0}}
@@ -119,8 +91,7 @@ class LoRA(Strategy):
 
 def _changes(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
     """Return name, A and B of every layer that has a change."""
-    names = [name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)]
-    return [(name, tensors[name + _DOWN], tensors[name + _UP]) for name in names]
+    return [(name, tensors[name + DOWN], tensors[name + UP]) for name in changed_layers(tensors)]
 
 
 def refactorised(parts: Sequence[Factors], spare: Tensor) -> tuple[Tensor, Tensor, Tensor]:
