@@ -3,13 +3,19 @@
     W' = W + (alpha / r) B A          W: (out, in), frozen;  A: (r, in), B: (out, r) = 0 at first
     plain   A <- sum_i p_i A_i,   B <- sum_i p_i B_i                                which is not the mean change:
     exact   B A <- the best rank-r approximation of sum_i p_i B_i A_i               B = U_r S_r^(1/2),  A = S_r^(1/2) V_r^T
+    share_a   A <- sum_i p_i A_i,   B_i stays at its client
+    freeze_a  B <- sum_i p_i B_i,   A = A^0 for ever                                which is the mean change: sum_i p_i B_i A^0
 
 Hu et al., "LoRA: Low-rank adaptation of large language models", ICLR 2022; Zhang et al., "FedPETuning: When federated learning
 meets the parameter-efficient tuning methods of pre-trained language models", Findings of ACL 2023: r = 8, alpha = 8, `plain`.
 In `exact` the mean of the products is factorised anew, so what is lost is what r dimensions cannot hold, not the cross terms.
+`share_a`: Guo et al., "Selective aggregation for low-rank adaptation in federated learning" (FedSA-LoRA), ICLR 2025, Algorithm 1:
+A learns what all have in common, B what a client has of its own. `freeze_a`: Sun et al., "Improving LoRA in privacy-preserving
+federated learning" (FFA-LoRA), ICLR 2024.
 
-traffic  A, B and the head each way, and running statistics; W comes from the seed or from `model.weights` and never travels
-state    none; in `exact` the server keeps the A_i, B_i of a round until it ends
+traffic  A, B and the head each way, and running statistics, without B in `share_a` and without A in `freeze_a`; W, and the A of
+         `freeze_a`, come from the seed or W from `model.weights`, and never travel
+state    none; in `exact` the server keeps the A_i, B_i of a round until it ends; in `share_a` B is private
 
 Adaptations. Every linear layer and convolution of the backbone gets a change, a convolution's kernel read as (out, the rest), and
 r is at most what the layer has. Normalisation keeps its weights; BatchNorm's statistics move and are averaged like others. Where
@@ -39,7 +45,9 @@ class LoRAOptions(StrategyOptions):
 
     rank: int = Field(8, ge=1, description="r.")
     alpha: float = Field(8.0, gt=0, description="The product is scaled by alpha / r.")
-    average: Literal["plain", "exact"] = Field("plain", description="Mean of the factors, or of their products.")
+    average: Literal["plain", "exact", "share_a", "freeze_a"] = Field(
+        "plain", description="Mean of both factors, of their products, of A alone with B private, or of B alone with A as drawn."
+    )
 
     @model_validator(mode="after")
     def _one_mean(self) -> Self:
@@ -56,7 +64,12 @@ class LoRA(Strategy):
 
     def setup(self, model: Model) -> None:
         """Freeze the backbone and give every layer a change."""
-        add_changes(model, self.options.rank, self.options.alpha)
+        for change in add_changes(model, self.options.rank, self.options.alpha):
+            change.down.requires_grad_(self.options.average != "freeze_a")
+
+    def private(self, model: Model) -> frozenset[str]:
+        """B, where it is each client's own."""
+        return frozenset(n for n in model.state_dict() if n.endswith(UP)) if self.options.average == "share_a" else frozenset()
 
     def begin_round(self, server: ServerState) -> None:
         """Wait for factors."""
@@ -73,10 +86,10 @@ class LoRA(Strategy):
 
     def end_round(self, server: ServerState, round_index: int) -> dict[str, Any]:
         """Average; in `exact` put new factors in the place of the averaged ones."""
+        if self.options.average != "exact":
+            return super().end_round(server, round_index)
         old = {name: (down, up) for name, down, up in _changes(server.shared)}
         facts = super().end_round(server, round_index)
-        if self.options.average == "plain":
-            return facts
         lost = kept = 0.0
         for name, factors in self._factors.items():
             total, step = sum(weight for weight, _, _ in factors), self.options.server_step
