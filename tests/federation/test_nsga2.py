@@ -1,4 +1,4 @@
-from itertools import combinations, product
+from itertools import accumulate, combinations, product
 
 import numpy as np
 import pytest
@@ -16,15 +16,17 @@ def every_mask(allowed: nsga2.Masks, budget: list[int]) -> nsga2.Masks:
 
 
 def pareto(values: nsga2.Floats) -> set[tuple[float, float]]:
-    """The points that no other dominates, one by one."""
-    points = {(float(a), float(b)) for a, b in values}
-    return {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+    """The points that no other dominates: a staircase."""
+    points = sorted({(float(a), float(b)) for a, b in values})
+    lowest = [float("inf"), *accumulate((variance for _, variance in points), min)]
+    return {point for point, before in zip(points, lowest, strict=False) if point[1] < before}
 
 
 PROBLEMS = [
     (3, 4, [2, 2, 2], np.ones((3, 4), bool)),
     (4, 5, [1, 2, 2, 1], np.ones((4, 5), bool)),
     (3, 5, [2, 1, 2], np.array([[1, 1, 1, 0, 0], [0, 0, 1, 1, 0], [1, 1, 1, 1, 1]], bool)),
+    (4, 6, [2, 2, 2, 2], np.ones((4, 6), bool)),  # 50,625 masks; what is drawn and inherited is not enough
     (2, 3, [3, 1], np.array([[1, 1, 1], [0, 0, 1]], bool)),
 ]
 
