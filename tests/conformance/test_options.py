@@ -46,6 +46,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "inner_lr": ({}, 0.1),
     "inner_clip": ({"inner_lr": 0.1}, 1e-3),
     "predicts": ({}, "modality"),
+    "upload": ({}, "features"),
     "prototypes": ({}, 2),
     "hidden": ({}, 32),
     "discriminator_lr": ({}, 0.1),
