@@ -44,6 +44,7 @@ STRATEGIES = {
     "feddg": "omnifm.federation.strategies.feddg:FedDG",
     "gpfl": "omnifm.federation.strategies.gpfl:GPFL",
     "harmofl": "omnifm.federation.strategies.harmofl:HarmoFL",
+    "f3ocus": "omnifm.federation.strategies.f3ocus:F3OCUS",
     "lora": "omnifm.federation.strategies.lora:LoRA",
     "median": "omnifm.federation.strategies.median:Median",
     "trimmed_mean": "omnifm.federation.strategies.trimmed_mean:TrimmedMean",

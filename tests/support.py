@@ -37,7 +37,10 @@ STRIPES = {"CT": (1.0, 0.0), "MRI": (0.0, 2.0), "US": (3.0, 3.0)}
 TINY = {
     "omnifm": {"band": 8, "width": 4, "dim": 8, "head_dim": 4, "heads": 2, "top_k": 3, "bank": {"capacity": 8, "prototypes": 3}},
     "feddat": {"reduction": 2},
+    "f3ocus": {"layers": 2},
 }
+# Layers after the convolution, for strategies that choose among layers.
+LAYERS = {"f3ocus": 4}
 # What a strategy cannot do without.
 NEEDS = {"fedbn": {"model__norm": "batch"}}
 NEIGHBOURS = {"aggregation": "neighbours"}
@@ -110,6 +113,20 @@ class FlatBackbone(Backbone):
         return Features(self.layers(functional.avg_pool2d(inputs.image - 0.5, 4).flatten(1))[:, None])
 
 
+class DeeperBackbone(TinyBackbone):
+    """The tiny backbone and linear layers after it. Its first layers start as they do without the others."""
+
+    def __init__(self, norm: str, layers: int) -> None:
+        super().__init__(norm)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+
+    def forward(self, inputs: Inputs) -> Features:
+        tokens = super().forward(inputs).tokens
+        for layer in self.layers:
+            tokens = tokens + torch.tanh(layer(tokens))
+        return Features(tokens)
+
+
 class MemoryTask(Task):
     """Classification of the hospitals' images.
 
@@ -128,8 +145,9 @@ class MemoryTask(Task):
         norm: str = "group",
         data: Mapping[str, ClientData] | None = None,
         hidden: int | None = None,
+        layers: int = 0,
     ) -> None:
-        self._norm, self._hidden = norm, hidden
+        self._norm, self._hidden, self._layers = norm, hidden, layers
         self._data = {h.id: self._draw(h) for h in hospitals} | dict(data or {})
         self.seen = 0
 
@@ -146,7 +164,9 @@ class MemoryTask(Task):
         return train.batch(torch.arange(len(train))).target
 
     def backbone(self) -> Backbone:
-        return TinyBackbone(self._norm) if self._hidden is None else FlatBackbone(self._hidden)
+        if self._hidden is not None:
+            return FlatBackbone(self._hidden)
+        return DeeperBackbone(self._norm, self._layers) if self._layers else TinyBackbone(self._norm)
 
     def head(self, token_dim: int) -> Head:
         return PooledLinear(token_dim, CLASSES)
@@ -270,11 +290,13 @@ def make_lab(
     schedule: Sequence[Sequence[str]] | None = None,
     checkpoint: bool = False,
     hidden: int | None = None,
+    layers: int | None = None,
     **changes: Any,
 ) -> Lab:
-    """Build a federation with private state in `folder`. `hidden`: as MemoryTask's; `changes`: config keys, `__` for the dot."""
+    """Build a federation with private state in `folder`. `hidden`, `layers`: MemoryTask's; `changes`: keys, `__` for the dot."""
     config = make_config(strategy, options, **changes)
-    task = MemoryTask(hospitals, config.model.norm, data, hidden)
+    deep = LAYERS.get(strategy, 0) if layers is None else layers
+    task = MemoryTask(hospitals, config.model.norm, data, hidden, deep)
     site_strategy, server_strategy = (make_strategy(config, hospitals, task) for _ in range(2))
     store = ClientStore(folder / "clients")
     local = LocalConfig(

@@ -89,7 +89,7 @@ class Evaluator:
                 completed,
                 client,
                 held(self._tensors(server, client, view), self._holds.get(client)),
-                self._strategy.extra_for(server, client),
+                self._strategy.extra_for_prediction(server, client),
                 settings,
             )
             for client in clients

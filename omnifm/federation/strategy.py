@@ -70,7 +70,7 @@ class Upload:
 class Strategy:
     """FedAvg (McMahan et al., AISTATS 2017, Algorithm 1) as a set of hooks."""
 
-    card: ClassVar[Card]
+    card: ClassVar[Card] = Card(paper="")
     Options: ClassVar[type[StrategyOptions]] = StrategyOptions
     pooled: ClassVar[bool] = False
     """True: one model is trained on the data of all clients, gathered in one place."""
@@ -78,6 +78,8 @@ class Strategy:
     """False: no two clients' tensors are ever averaged, so options of averaging are a mistake."""
     tolerates_nonfinite: ClassVar[bool] = False
     """True: a reply that is not finite is left out of its round, and counted; by default it ends the run."""
+    predicts_with_extra: ClassVar[bool] = True
+    """False: what `extra_for` returns is for training alone, and is not sent with other requests."""
     buffers: frozenset[str] = frozenset()
     """Names of the tensors that are no parameters (running statistics, counters); set where the model is built."""
     common: frozenset[str] = frozenset()
@@ -160,9 +162,13 @@ class Strategy:
         return self.shared_for(server, client)
 
     def extra_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
-        """Return the further tensors that `client` gets with a training or evaluation request."""
+        """Return the further tensors that `client` gets with a training request."""
         del server, client
         return {}
+
+    def extra_for_prediction(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
+        """Return the further tensors that `client` gets with any later request: by default those of training."""
+        return self.extra_for(server, client) if self.predicts_with_extra else {}
 
     def begin_round(self, server: ServerState) -> None:
         """Start a round: empty accumulators."""

@@ -130,7 +130,7 @@ def open_run(folder: Path, client: str, *, best: bool = False) -> Session:
     site = build.make_site(config, checkpoint.clients, data)
     tensors = held(site.strategy.shared_for(server, client), site.holds.get(client))
     rounds = int(record["rounds_completed"])
-    request = Request("evaluate", rounds, client, tensors, site.strategy.extra_for(server, client))
+    request = Request("evaluate", rounds, client, tensors, site.strategy.extra_for_prediction(server, client))
     plan = next(plan for plan in data.plans if plan.id == client)
     lies = cache(partial(_affine_of_first, data.cohorts[plan.cohort], plan))
     return Session(config, client, name, rounds, site.task, site.predictor(request), lies)

@@ -132,6 +132,15 @@ def test_its_search_is_as_large_as_any(strategy: str, tmp_path: Path) -> None:
         build.strategy_options(parse(raw))
 
 
+def test_what_is_for_training_alone_is_sent_for_training_alone(strategy: str, tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, strategy, engine=Spy)
+    server = lab.run()
+    lab.evaluate(server, finetune=True)
+    for request in (r for r in spy(lab).requests if r.kind == "evaluate"):
+        expected = dict(lab.strategy.extra_for(server, request.client)) if lab.strategy.predicts_with_extra else {}
+        assert differing(dict(request.extra), expected) == []
+
+
 def test_the_four_sets_are_the_whole_state(strategy: str, tmp_path: Path) -> None:
     for buffers in ("average", "local", "drop"):
         site = make_lab(tmp_path, strategy, model__norm="batch", model__buffers=buffers).site

@@ -46,7 +46,7 @@ def test_a_file_of_the_test_split_gets_what_the_run_predicted(strategy: str, fin
     names = [f"test{row - 32}.png" for row in rows]
     server, record = _checkpoint(run)
     site, strategy_object = _site(run)
-    extra = strategy_object.extra_for(server, CLIENT)
+    extra = strategy_object.extra_for_prediction(server, CLIENT)
     shared = held(strategy_object.shared_for(server, CLIENT), None)
     logits, _ = site.predict(Request("evaluate", record["rounds_completed"], CLIENT, shared, extra), torch.arange(len(rows)))
     for name, expected in zip(names, logits.double().softmax(1).tolist(), strict=True):

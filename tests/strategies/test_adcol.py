@@ -12,7 +12,8 @@ from omnifm.errors import FederationError
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategies.adcol import ADCOL, divergence_from_uniform
-from tests.support import HOSPITALS, Altered, Lab, Spy, differing, make_lab, spy
+from omnifm.federation.strategy import Step
+from tests.support import HOSPITALS, Altered, Hospital, Lab, Spy, differing, make_lab, spy
 
 JUDGE = "adcol/discriminator/"
 
@@ -186,6 +187,81 @@ def test_the_discriminator_that_was_received_knows_less_after_training(tmp_path:
     assert all(less < 0.7 * more for less, more in zip(sureness(20.0), sureness(0.0), strict=True))
 
 
+# --------------------------------------------------------------------------- features, as in the paper
+FEATURES: dict[str, Any] = {"upload": "features"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"model__norm": "batch", "federation__participation": 0.5}])
+def test_with_features_and_without_its_term_the_model_is_fedavgs_bit_for_bit(changes: dict[str, Any], tmp_path: Path) -> None:
+    ours = make_lab(tmp_path / "1", "adcol", {**FEATURES, "mu": 0.0}, **changes).run()
+    assert differing(ours.shared, make_lab(tmp_path / "2", **changes).run().shared) == []
+
+
+@pytest.mark.parametrize("length", [{"federation__local_epochs": 3}, {"federation__local_steps": 7}])
+def test_features_are_those_of_the_passes_of_the_last_epoch(length: dict[str, Any], tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, "adcol", FEATURES, engine=Spy, **length)
+    passes: dict[tuple[str, int], list[Tensor]] = {}
+    penalty = lab.site.strategy.penalty
+
+    def listen(step: Step) -> Tensor | None:
+        pooled = step.output.trace.detach().mean(dim=1)
+        passes.setdefault((step.job.client, step.job.round), []).append(pooled)
+        return penalty(step)
+
+    lab.site.strategy.penalty = listen  # type: ignore[method-assign]
+    lab.run()
+    for reply in spy(lab).trained():
+        assert set(reply.extra) == {"adcol/features"}
+        found, every = reply.extra["adcol/features"], torch.cat(passes[reply.client, reply.round])
+        assert torch.equal(found, every[-len(found) :])
+        if "federation__local_epochs" in length:
+            assert len(found) == reply.num_examples and len(every) == 3 * reply.num_examples
+        else:
+            assert reply.num_examples - 4 < len(found) <= reply.num_examples
+
+
+def test_an_epoch_with_a_batch_that_batch_norm_skips_is_still_one_epoch(tmp_path: Path) -> None:
+    hospitals = (Hospital("a", "CT", 9), Hospital("b", "US", 8))
+    changes: dict[str, Any] = {"model__norm": "batch", "federation__local_epochs": 2}
+    lab = make_lab(tmp_path, "adcol", FEATURES, engine=Spy, hospitals=hospitals, **changes)
+    lab.run()
+    assert [len(reply.extra["adcol/features"]) for reply in spy(lab).trained()] == [8, 8, 8, 8]
+
+
+def test_features_are_metered_and_forgotten(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, "adcol", FEATURES, schedule=[["a", "b"], ["c"]])
+    server = lab.run()
+    sent = {e["client"]: e["bytes_up"]["adcol"] for e in lab.events if e["event"] == "client"}
+    assert sent == {"a": 10 * 8 * 4, "b": 6 * 8 * 4, "c": 12 * 8 * 4}
+    assert [e["discriminator"]["features"] for e in lab.events if e["event"] == "round"] == [16, 12]
+    assert server.extra and all(name.startswith(JUDGE) for name in server.extra)
+
+
+def test_the_discriminator_learns_from_every_feature_with_equal_weight(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path / "1", "adcol", FEATURES, engine=Spy, federation__rounds=1)
+    server = lab.run()
+    replies = spy(lab).trained()
+    vectors = torch.cat([reply.extra["adcol/features"] for reply in replies])
+    target = torch.arange(4).repeat_interleave(torch.tensor([10, 6, 12, 8]))
+    other = ServerState({})
+    strategy_of(lab)._learn(other, vectors, target, torch.ones(36), 0)
+    assert differing(server.extra, other.extra) == []
+
+
+def test_a_run_with_features_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
+    whole, cut = (make_lab(tmp_path / n, "adcol", FEATURES, federation__rounds=3, checkpoint=True) for n in ("whole", "cut"))
+    cut.schedule = cut.schedule[:2]
+    cut.run()
+    resumed = make_lab(tmp_path / "cut", "adcol", FEATURES, federation__rounds=3, checkpoint=True)
+    assert resumed.checkpoint is not None
+    server = resumed.run(resumed.checkpoint.load()[0], 2)
+    assert differing(whole.snapshot(whole.run()), resumed.snapshot(server)) == []
+
+
+def as_features(x: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    return {**x, "adcol/features": change(x["adcol/features"])}
+
+
 Change = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
@@ -196,16 +272,35 @@ Change = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
         (lambda x: {n: t for n, t in x.items() if n != "adcol/counts"}, "are missing, or how many"),
         (lambda x: {**x, "adcol/prototypes": x["adcol/prototypes"][:, 1:]}, "have shape"),
         (lambda x: {n: t.repeat(99, *[1] * (t.dim() - 1)) for n, t in x.items()}, "have shape"),
-        (lambda x: {**x, "adcol/prototypes": x["adcol/prototypes"] * float("nan")}, "a prototype is not finite"),
+        (lambda x: {**x, "adcol/prototypes": x["adcol/prototypes"] * float("nan")}, "a value of its prototypes is not finite"),
         (lambda x: {**x, "adcol/counts": -x["adcol/counts"]}, "positive"),
         (lambda x: {**x, "adcol/counts": x["adcol/counts"][1:]}, "positive number for each"),
     ],
 )
 def test_bad_prototypes_name_client_and_round(change: Change, message: str, tmp_path: Path) -> None:
+    refuse("prototypes", change, message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: {}, "features are missing"),
+        (lambda x: as_features(x, lambda f: f[:, 1:]), "features have shape"),
+        (lambda x: as_features(x, lambda f: f[:0]), "features have shape"),
+        (lambda x: as_features(x, lambda f: f[0, 0]), "features are missing"),
+        (lambda x: as_features(x, lambda f: f.repeat(2, 1)), "features have shape"),
+        (lambda x: as_features(x, lambda f: f * float("nan")), "a value of its features is not finite"),
+    ],
+)
+def test_bad_features_name_client_and_round(change: Change, message: str, tmp_path: Path) -> None:
+    refuse("features", change, message, tmp_path)
+
+
+def refuse(upload: str, change: Change, message: str, folder: Path) -> None:
     def alter(reply: Reply) -> Reply:
         return replace(reply, extra=change(reply.extra)) if (reply.client, reply.round) == ("c", 1) else reply
 
-    lab = make_lab(tmp_path, "adcol", engine=lambda site: Altered(site, alter))
+    lab = make_lab(folder, "adcol", {"upload": upload}, engine=lambda site: Altered(site, alter))
     with pytest.raises(FederationError, match=rf"client c, round 1: .*{message}") as caught:
         lab.run()
     assert "\n" not in str(caught.value)

@@ -13,8 +13,9 @@ from omnifm.backbones.build import build_trunk
 from omnifm.build import make_site, strategy_options
 from omnifm.config import parse
 from omnifm.errors import ConfigError
+from omnifm.federation.low_rank import LowRank
 from omnifm.federation.messages import Reply
-from omnifm.federation.strategies.lora import LowRank, refactorised
+from omnifm.federation.strategies.lora import refactorised
 from tests.run.jobs import data_folder, raw_config
 from tests.support import HOSPITALS, NEIGHBOURS, Altered, Lab, Spy, differing, make_config, make_lab, spy
 
@@ -180,6 +181,100 @@ def test_dimensions_that_the_mean_does_not_have_can_still_be_trained() -> None:
     assert torch.equal(down[1:], spare[1:]) and not bool(found[:, 1:].any())
 
 
+# --------------------------------------------------------------------------- one of the factors alone
+OWN_B, SAME_A = {"average": "share_a"}, {"average": "freeze_a"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"model__norm": "batch", "federation__participation": 0.5}])
+def test_b_never_leaves_its_client_where_a_alone_is_shared(changes: dict[str, Any], tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, "lora", OWN_B, engine=Spy, federation__rounds=3, **changes)
+    values: set[bytes] = set()
+    lab.after_round = lambda lab, server, done: values.update(
+        lab.private(h.id)[UP].numpy().tobytes() for h in HOSPITALS if lab.private(h.id)
+    )
+    server = lab.run()
+    found = lab.evaluate(server, finetune=True)
+    taken = {c for sampled in lab.schedule for c in sampled}
+    assert len(values) == sum(len(sampled) for sampled in lab.schedule), "every client has its own, another after each round"
+    for message in spy(lab).messages():
+        carried = {**message.tensors, **message.extra}
+        assert UP not in carried and not {t.contiguous().numpy().tobytes() for t in carried.values()} & values
+    assert all(DOWN in reply.tensors for reply in spy(lab).trained()) and DOWN in server.shared
+    assert all(set(lab.private(c)) == {UP} for c in taken)
+    assert found.views["global"] is None and found.views["personal"] is not None
+
+
+def test_a_alone_is_averaged_and_b_goes_on_from_where_it_was(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path / "1", "lora", OWN_B, engine=Spy, federation__rounds=1)
+    shared = lab.run().shared
+    mean = sum(r.num_examples / 36 * r.tensors[DOWN].double() for r in spy(lab).trained())
+    torch.testing.assert_close(shared[DOWN].double(), mean, atol=1e-7, rtol=1e-6)
+    # The first round starts from one A and B = 0: what clients send is what they send in `plain`, B aside.
+    plain = make_lab(tmp_path / "2", "lora", engine=Spy, federation__rounds=1)
+    plain.run()
+    for ours, theirs in zip(spy(lab).trained(), spy(plain).trained(), strict=True):
+        assert differing(dict(ours.tensors), {n: t for n, t in theirs.tensors.items() if n != UP}) == []
+        assert torch.equal(lab.private(ours.client)[UP], theirs.tensors[UP])
+
+
+def test_a_lone_client_does_not_notice_whether_b_is_its_own(tmp_path: Path) -> None:
+    one: dict[str, Any] = {"hospitals": HOSPITALS[:1], "federation__rounds": 3}
+    lab, plain = make_lab(tmp_path / "1", "lora", OWN_B, **one), make_lab(tmp_path / "2", "lora", **one)
+    assert differing({**lab.run().shared, **lab.private("a")}, plain.run().shared) == []
+
+
+def test_a_that_is_frozen_never_changes_and_never_travels(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path / "1", "lora", SAME_A, engine=Spy, optimiser__weight_decay=0.1, federation__rounds=3)
+    same = {n: t.clone() for n, t in lab.site.model.state_dict().items() if n in (BASE, DOWN)}
+    lab.evaluate(lab.run(), finetune=True)
+    assert differing(same, {n: lab.site.model.state_dict()[n] for n in same}) == [] and bool(same[DOWN].any())
+    for message in spy(lab).messages():
+        assert not same.keys() & message.tensors.keys() and not message.extra.keys() & same.keys()
+    assert all(UP in reply.tensors for reply in spy(lab).trained())
+    # Every site draws the same one, and it is that of `plain`.
+    assert torch.equal(same[DOWN], make_lab(tmp_path / "2", "lora").site.model.state_dict()[DOWN])
+
+
+def test_the_mean_of_products_is_the_product_of_means_exactly_where_a_is_frozen(tmp_path: Path) -> None:
+    """To the last bits of float64; bit for bit with whole numbers and four clients that count the same."""
+    replies: list[Reply] = []
+
+    def whole(reply: Reply) -> Reply:
+        g = torch.Generator().manual_seed(ord(reply.client))
+        drawn = torch.randint(-8, 9, reply.tensors[UP].shape, generator=g).float()
+        replies.append(replace(reply, tensors={**reply.tensors, UP: drawn}))
+        return replies[-1]
+
+    lab = make_lab(tmp_path, "lora", SAME_A, federation__rounds=1, federation__weighting="equal")
+    lab.engine = Altered(lab.site, whole)
+    up = lab.run().shared[UP]
+    down = lab.site.model.state_dict()[DOWN].double()
+    products = lambda a: sum((r.tensors[UP].double() @ a for r in replies), torch.zeros(8, 16)) / 4  # noqa: E731
+    torch.testing.assert_close(up.double() @ down, products(down), atol=1e-13, rtol=1e-13)
+    whole_down = (64 * down).round()
+    assert torch.equal(up.double() @ whole_down, products(whole_down)) and up.unique().numel() > 10
+
+
+@pytest.mark.parametrize("options", [OWN_B, SAME_A, PRODUCT])
+def test_a_run_is_resumed_to_the_same_bits_whatever_is_averaged(options: dict[str, Any], tmp_path: Path) -> None:
+    whole, cut = (make_lab(tmp_path / n, "lora", options, federation__rounds=3, checkpoint=True) for n in ("whole", "cut"))
+    cut.schedule = cut.schedule[:2]
+    cut.run()
+    resumed = make_lab(tmp_path / "cut", "lora", options, federation__rounds=3, checkpoint=True)
+    assert resumed.checkpoint is not None
+    server = resumed.run(resumed.checkpoint.load()[0], 2)
+    assert differing(whole.snapshot(whole.run()), resumed.snapshot(server)) == []
+
+
+@pytest.mark.parametrize("options", [OWN_B, SAME_A])
+def test_one_factor_goes_with_spectral_neighbourhoods(options: dict[str, Any], tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, "lora", {**options, **NEIGHBOURS})
+    server = lab.run()
+    assert lab.evaluate(server).views["personal"] is not None
+    sent = [lab.strategy.shared_for(server, h.id) for h in HOSPITALS]
+    assert all(set(tensors) == set(server.shared) for tensors in sent)
+
+
 def test_products_are_averaged_for_all_together_alone() -> None:
     with pytest.raises(ConfigError, match='average = "exact" is of one mean for all') as caught:
         strategy_options(make_config("lora", {**PRODUCT, **NEIGHBOURS}))
@@ -187,7 +282,7 @@ def test_products_are_averaged_for_all_together_alone() -> None:
 
 
 def test_a_backbone_without_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omnifm.federation.strategies.lora._LAYERS", (nn.Conv3d,))
+    monkeypatch.setattr("omnifm.federation.low_rank._LAYERS", (nn.Conv3d,))
     with pytest.raises(ConfigError, match="neither linear layers nor convolutions"):
         make_lab(tmp_path, "lora")
 

@@ -148,6 +148,15 @@ def test_a_tensor_that_few_hold_counts_those(tmp_path: Path) -> None:
     assert strategy.extra_for(server, "d").keys() == {CONTROL + "w", CONTROL + "head.own"}
 
 
+def test_c_is_sent_for_training_alone(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, "scaffold", engine=Spy)
+    server = lab.run()
+    lab.evaluate(server, finetune=True)
+    asked = {kind: [r.extra for r in spy(lab).requests if r.kind == kind] for kind in ("train", "evaluate")}
+    assert server.extra and all(extra.keys() == server.extra.keys() for extra in asked["train"][4:])
+    assert len(asked["evaluate"]) == 12 and not any(asked["evaluate"])
+
+
 def test_statistics_have_no_control_variates_and_are_fedavgs(tmp_path: Path) -> None:
     lab = make_lab(tmp_path, "scaffold", engine=Spy, model__norm="batch")
     server = lab.run()

@@ -1,18 +1,21 @@
-"""ADCOL with prototypes: the server learns whose features are whose; clients learn features by which nobody can tell.
+"""ADCOL: the server learns whose features are whose; clients learn features by which nobody can tell.
 
     client   min L(theta) + mu KL(u || D(f)),   u = (1/N, ..., 1/N),  f = mean of the tokens r       D stays as received
-    server   min_D sum_p w_p CE(D(v_p), i_p) / sum_p w_p      v_p: a prototype of client i_p, standing for w_p of its images
+    server   min_D sum_p w_p CE(D(v_p), i_p) / sum_p w_p      v_p: sent by client i_p, standing for w_p of its images
 
-Li, He, Song, "Adversarial collaborative learning on non-IID features", ICML 2023. There D is trained on the features of every
-image; here on k-means centres of them alone, at most `prototypes` a client, so that a client uploads what it would to OmniFM's
-bank. D as in FL-bench: two layers of 512 without bias, with BatchNorm and ReLU, then one output per client; SGD with .01, 3
-epochs a round, batches of 32; mu = .5. `predicts = "modality"`: one output per modality.
+Li, He, Song, "Adversarial collaborative learning on non-IID features", ICML 2023. `upload = "features"` is the paper's: D learns
+from f of every image, as the passes of the last local epoch gave it, w_p = 1. That sends a vector for each image, a cost in
+privacy: much of an image can be read from its f. `upload = "prototypes"`, the default, sends k-means centres of the features
+alone, at most `prototypes` a client, so that a client uploads what it would to OmniFM's bank. D as in FL-bench: two layers of 512
+without bias, with BatchNorm and ReLU, then one output per client; SGD with .01, 3 epochs a round, batches of 32; mu = .5.
+`predicts = "modality"`: one output per modality.
 
-traffic  up: K (d + 1) numbers; down: D, from the second round on
-state    D and the latest prototypes of every client, at the server
+traffic  up: K (d + 1) numbers, or n_i d with `features`; down: D, from the second round on
+state    D at the server, and the latest prototypes of every client; features are used in their round and forgotten
 
 A discriminator at the client would see one class, and its gradient reversed would say nothing: D has to be at the server.
-Adaptations. Features are embedded after local training instead of during its last epoch. In the first round there is no D yet.
+Adaptations. In the first round there is no D yet. Prototypes are of features after local training, without augmentation. Where
+a round is counted in steps, the features are those of the last passes, n_i at most.
 """
 
 import itertools
@@ -36,6 +39,7 @@ from omnifm.spectral.prototypes import prototypes
 from omnifm.tasks.base import Model
 
 _WEIGHTS, _PROTOTYPES, _COUNTS = "adcol/discriminator/", "adcol/prototypes/", "adcol/counts/"
+_FEATURES = "adcol/features"
 _BATCH = 32
 
 
@@ -44,6 +48,7 @@ class ADCOLOptions(StrategyOptions):
 
     mu: float = Field(0.5, ge=0, description="Weight of the adversarial term.")
     predicts: Literal["client", "modality"] = Field("client", description="What the discriminator tells apart.")
+    upload: Literal["prototypes", "features"] = Field("prototypes", description="Centres of the features, or all of them.")
     prototypes: int = Field(16, ge=1, description="K, prototypes a client uploads per round.")
     hidden: int = Field(512, ge=1, description="Width of the discriminator's two layers.")
     discriminator_lr: float = Field(0.01, gt=0, description="Learning rate of the discriminator.")
@@ -61,6 +66,7 @@ class ADCOL(Strategy):
         search={"mu": (0.1, 0.5), "predicts": ("client", "modality")},
     )
     Options: ClassVar[type[StrategyOptions]] = ADCOLOptions
+    predicts_with_extra: ClassVar[bool] = False
     options: ADCOLOptions
 
     def setup(self, model: Model) -> None:
@@ -72,19 +78,27 @@ class ADCOL(Strategy):
         """Build the discriminator that came with the request."""
         found = {n.removeprefix(_WEIGHTS): t for n, t in job.received.items() if n.startswith(_WEIGHTS)}
         self._judge = self._discriminator(found).to(job.device).eval().requires_grad_(False) if found else None
+        self._seen: list[Tensor] = []
 
     def penalty(self, step: Step) -> Tensor | None:
         """How far the discriminator is from having no idea."""
+        features = step.output.trace.float().mean(dim=1)
+        if self.options.upload == "features":
+            self._seen.append(features.detach().cpu())
+            while sum(map(len, self._seen)) > len(step.job.data.train):
+                del self._seen[0]  # of an epoch before
         if self._judge is None or not self.options.mu:
             return None
-        logits = self._judge(step.output.trace.float().mean(dim=1))
-        return self.options.mu * divergence_from_uniform(logits)
+        return self.options.mu * divergence_from_uniform(self._judge(features))
 
     def finish(self, job: LocalJob) -> Upload:
-        """Summarise the client's features."""
-        features = _features(job)
+        """Send the client's features, or what sums them up."""
+        features = torch.cat(self._seen) if self._seen else _features(job)
+        self._seen = []
         if not bool(features.isfinite().all()):
             raise FederationError(f"client {job.client}, round {job.round}: a feature is not finite")
+        if self.options.upload == "features":
+            return Upload({_FEATURES: features})
         generator = seeds.generator(job.seed, "adcol", job.round, job.client)
         vectors, counts = prototypes(features, self.options.prototypes, generator, rho=math.inf)
         return Upload({"adcol/prototypes": vectors, "adcol/counts": counts})
@@ -96,47 +110,50 @@ class ADCOL(Strategy):
         return {n: t for n, t in server.extra.items() if n.startswith(_WEIGHTS)}
 
     def begin_round(self, server: ServerState) -> None:
-        """Wait for prototypes."""
+        """Wait for features."""
         super().begin_round(server)
         self._came: dict[str, Tensor] = {}
 
     def receive(self, server: ServerState, reply: Reply) -> None:
-        """Put a client's prototypes aside until the round ends."""
+        """Put what a client sent aside until the round ends."""
         super().receive(server, reply)
         known = next((t.shape[1] for n, t in {**server.extra, **self._came}.items() if n.startswith(_PROTOTYPES)), None)
+        if _WEIGHTS + "0.weight" in server.extra:
+            known = server.extra[_WEIGHTS + "0.weight"].shape[1]
         vectors, counts = self._checked(reply, known)
         self._came |= {_PROTOTYPES + reply.client: vectors, _COUNTS + reply.client: counts}
 
     def _checked(self, reply: Reply, width: int | None) -> tuple[Tensor, Tensor]:
-        who = f"client {reply.client}, round {reply.round}"
-        found = [reply.extra.get(name) for name in ("adcol/prototypes", "adcol/counts")]
-        vectors, counts = found
+        who, what = f"client {reply.client}, round {reply.round}", self.options.upload
+        vectors, counts = reply.extra.get(f"adcol/{what}"), reply.extra.get("adcol/counts")
+        most = self.options.prototypes
+        if what == "features" and vectors is not None:
+            counts, most = torch.ones(len(vectors)) if vectors.dim() else None, reply.num_examples
         if vectors is None or counts is None:
-            raise FederationError(f"{who}: its prototypes are missing, or how many images they stand for is")
-        if (
-            vectors.dim() != 2
-            or not 1 <= len(vectors) <= self.options.prototypes
-            or vectors.shape[1] != (width or vectors.shape[1])
-        ):
-            raise FederationError(f"{who}: its prototypes have shape {tuple(vectors.shape)}")
+            raise FederationError(f"{who}: its {what} are missing, or how many images they stand for is")
+        if vectors.dim() != 2 or not 1 <= len(vectors) <= most or vectors.shape[1] != (width or vectors.shape[1]):
+            raise FederationError(f"{who}: its {what} have shape {tuple(vectors.shape)}")
         if counts.shape != vectors.shape[:1] or not bool((counts > 0).all()):
             raise FederationError(f"{who}: the counts of its prototypes must be one positive number for each")
         if not bool(vectors.isfinite().all()) or not bool(counts.isfinite().all()):
-            raise FederationError(f"{who}: a prototype is not finite")
+            raise FederationError(f"{who}: a value of its {what} is not finite")
         return vectors, counts
 
     def end_round(self, server: ServerState, round_index: int) -> dict[str, Any]:
-        """Average, then train the discriminator on the latest prototypes of all clients."""
+        """Average, then train the discriminator on the round's features, or the latest prototypes of all clients."""
         facts = super().end_round(server, round_index)
-        server.extra.update(self._came)
+        known = self._came
+        if self.options.upload == "prototypes":
+            server.extra.update(self._came)
+            known = server.extra
         # In the order of ids, so that the order in the config changes nothing.
-        clients = sorted(n.removeprefix(_PROTOTYPES) for n in server.extra if n.startswith(_PROTOTYPES))
-        vectors = torch.cat([server.extra[_PROTOTYPES + c] for c in clients])
-        counts = torch.cat([server.extra[_COUNTS + c] for c in clients])
-        sizes = torch.tensor([len(server.extra[_COUNTS + c]) for c in clients])
+        clients = sorted(n.removeprefix(_PROTOTYPES) for n in known if n.startswith(_PROTOTYPES))
+        vectors, counts = (torch.cat([known[kind + c] for c in clients]) for kind in (_PROTOTYPES, _COUNTS))
+        sizes = torch.tensor([len(known[_COUNTS + c]) for c in clients])
         target = torch.tensor([self._number(c) for c in clients]).repeat_interleave(sizes)
         accuracy = self._learn(server, vectors, target, counts, round_index)
-        return {**facts, "discriminator": {"prototypes": len(vectors), "accuracy": accuracy}}
+        self._came = {}
+        return {**facts, "discriminator": {self.options.upload: len(vectors), "accuracy": accuracy}}
 
     def _number(self, client: str) -> int:
         if self.options.predicts == "modality":

@@ -68,6 +68,7 @@ class FedDG(Strategy):
         search={"window": (0.0, 0.01), "interpolate": (False, True)},
     )
     Options: ClassVar[type[StrategyOptions]] = FedDGOptions
+    predicts_with_extra: ClassVar[bool] = False
     options: FedDGOptions
 
     def setup(self, model: Model) -> None:

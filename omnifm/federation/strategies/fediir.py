@@ -53,9 +53,10 @@ class FedIIR(Strategy):
         up="a gradient of the head",
         down="the mean gradient",
         server="the mean gradient",
-        search={"penalty": (1e-4, 1e-3, 1e-2, 1e-1)},
+        search={"penalty": (1e-4, 1e-3, 3e-3, 1e-2)},
     )
     Options: ClassVar[type[StrategyOptions]] = FedIIROptions
+    predicts_with_extra: ClassVar[bool] = False
     options: FedIIROptions
 
     # ------------------------------------------------------------------ the client

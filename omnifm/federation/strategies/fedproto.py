@@ -52,6 +52,7 @@ class FedProto(Strategy):
         search={"lam": (0.1, 0.5, 1.0, 2.0)},
     )
     Options: ClassVar[type[StrategyOptions]] = FedProtoOptions
+    predicts_with_extra: ClassVar[bool] = False
     options: FedProtoOptions
     averages: ClassVar[bool] = False
 

@@ -3,13 +3,19 @@
     W' = W + (alpha / r) B A          W: (out, in), frozen;  A: (r, in), B: (out, r) = 0 at first
     plain   A <- sum_i p_i A_i,   B <- sum_i p_i B_i                                which is not the mean change:
     exact   B A <- the best rank-r approximation of sum_i p_i B_i A_i               B = U_r S_r^(1/2),  A = S_r^(1/2) V_r^T
+    share_a   A <- sum_i p_i A_i,   B_i stays at its client
+    freeze_a  B <- sum_i p_i B_i,   A = A^0 for ever                                which is the mean change: sum_i p_i B_i A^0
 
 Hu et al., "LoRA: Low-rank adaptation of large language models", ICLR 2022; Zhang et al., "FedPETuning: When federated learning
 meets the parameter-efficient tuning methods of pre-trained language models", Findings of ACL 2023: r = 8, alpha = 8, `plain`.
 In `exact` the mean of the products is factorised anew, so what is lost is what r dimensions cannot hold, not the cross terms.
+`share_a`: Guo et al., "Selective aggregation for low-rank adaptation in federated learning" (FedSA-LoRA), ICLR 2025, Algorithm 1:
+A learns what all have in common, B what a client has of its own. `freeze_a`: Sun et al., "Improving LoRA in privacy-preserving
+federated learning" (FFA-LoRA), ICLR 2024.
 
-traffic  A, B and the head each way, and running statistics; W comes from the seed or from `model.weights` and never travels
-state    none; in `exact` the server keeps the A_i, B_i of a round until it ends
+traffic  A, B and the head each way, and running statistics, without B in `share_a` and without A in `freeze_a`; W, and the A of
+         `freeze_a`, come from the seed or W from `model.weights`, and never travel
+state    none; in `exact` the server keeps the A_i, B_i of a round until it ends; in `share_a` B is private
 
 Adaptations. Every linear layer and convolution of the backbone gets a change, a convolution's kernel read as (out, the rest), and
 r is at most what the layer has. Normalisation keeps its weights; BatchNorm's statistics move and are averaged like others. Where
@@ -17,24 +23,20 @@ the mean product has less than r dimensions, the rows of A that are left over ar
 both 0 they would never train again.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
-from omnifm.errors import ConfigError
 from omnifm.federation.card import Card
+from omnifm.federation.low_rank import DOWN, UP, add_changes, changed_layers
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy, StrategyOptions
 from omnifm.tasks.base import Model
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_DOWN, _UP = ".parametrizations.weight.0.down", ".parametrizations.weight.0.up"
 _NEGLIGIBLE = 1e-12
 Factors = tuple[float, Tensor, Tensor]
 
@@ -44,7 +46,9 @@ class LoRAOptions(StrategyOptions):
 
     rank: int = Field(8, ge=1, description="r.")
     alpha: float = Field(8.0, gt=0, description="The product is scaled by alpha / r.")
-    average: Literal["plain", "exact"] = Field("plain", description="Mean of the factors, or of their products.")
+    average: Literal["plain", "exact", "share_a", "freeze_a"] = Field(
+        "plain", description="Mean of both factors, of their products, of A alone with B private, or of B alone with A as drawn."
+    )
 
     @model_validator(mode="after")
     def _one_mean(self) -> Self:
@@ -53,42 +57,23 @@ class LoRAOptions(StrategyOptions):
         return self
 
 
-class LowRank(nn.Module):
-    """A layer's weight with its change."""
-
-    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
-        super().__init__()
-        outputs, inputs = weight.flatten(1).shape
-        rank = min(rank, outputs, inputs)
-        self.scale = alpha / rank
-        self.down = nn.Parameter(torch.empty(rank, inputs))
-        self.up = nn.Parameter(torch.zeros(outputs, rank))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return W'."""
-        change = self.scale * (self.up @ self.down)
-        return weight + change.view_as(weight).to(weight.dtype)
-
-
 class LoRA(Strategy):
     """FedAvg of low-rank changes and the head."""
 
     card: ClassVar[Card] = Card(
-        paper="Hu et al., ICLR 2022; Zhang et al., ACL 2023", search={"rank": (8, 32), "average": ("plain", "exact")}
+        paper="Hu et al., ICLR 2022; Zhang et al., ACL 2023", search={"average": ("plain", "exact", "share_a", "freeze_a")}
     )
     Options: ClassVar[type[StrategyOptions]] = LoRAOptions
     options: LoRAOptions
 
     def setup(self, model: Model) -> None:
-        """Freeze the backbone and give every layer a change. Raises ConfigError if it has no layer."""
-        layers = [module for module in model.backbone.modules() if isinstance(module, _LAYERS)]
-        if not layers:
-            raise ConfigError("strategies.lora: the backbone has neither linear layers nor convolutions")
-        model.backbone.requires_grad_(False)
-        for layer in layers:
-            change = LowRank(layer.weight, self.options.rank, self.options.alpha)
-            parametrize.register_parametrization(layer, "weight", change)
+        """Freeze the backbone and give every layer a change."""
+        for change in add_changes(model, self.options.rank, self.options.alpha):
+            change.down.requires_grad_(self.options.average != "freeze_a")
+
+    def private(self, model: Model) -> frozenset[str]:
+        """B, where it is each client's own."""
+        return frozenset(n for n in model.state_dict() if n.endswith(UP)) if self.options.average == "share_a" else frozenset()
 
     def begin_round(self, server: ServerState) -> None:
         """Wait for factors."""
@@ -105,17 +90,17 @@ class LoRA(Strategy):
 
     def end_round(self, server: ServerState, round_index: int) -> dict[str, Any]:
         """Average; in `exact` put new factors in the place of the averaged ones."""
+        if self.options.average != "exact":
+            return super().end_round(server, round_index)
         old = {name: (down, up) for name, down, up in _changes(server.shared)}
         facts = super().end_round(server, round_index)
-        if self.options.average == "plain":
-            return facts
         lost = kept = 0.0
         for name, factors in self._factors.items():
             total, step = sum(weight for weight, _, _ in factors), self.options.server_step
             parts = [(step * weight / total, down, up) for weight, down, up in factors]
             parts += [(1 - step, *old[name])] if step != 1 else []
-            down, up, values = refactorised(parts, spare=server.shared[name + _DOWN])
-            server.shared |= {name + _DOWN: down, name + _UP: up}
+            down, up, values = refactorised(parts, spare=server.shared[name + DOWN])
+            server.shared |= {name + DOWN: down, name + UP: up}
             kept += float(values[: len(down)].square().sum())
             lost += float(values[len(down) :].square().sum())
         return {**facts, "lora": {"lost": lost / (lost + kept) if lost else 0.0}}
@@ -123,8 +108,7 @@ class LoRA(Strategy):
 
 def _changes(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
     """Return name, A and B of every layer that has a change."""
-    names = [name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)]
-    return [(name, tensors[name + _DOWN], tensors[name + _UP]) for name in names]
+    return [(name, tensors[name + DOWN], tensors[name + UP]) for name in changed_layers(tensors)]
 
 
 def refactorised(parts: Sequence[Factors], spare: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,6 +45,7 @@ class Scaffold(Strategy):
         search={"server_step": (0.5, 1.0)},
     )
     Options: ClassVar[type[StrategyOptions]] = OneMeanOptions
+    predicts_with_extra: ClassVar[bool] = False
 
     # ------------------------------------------------------------------ the client
     def begin(self, job: LocalJob) -> None:
