@@ -1,8 +1,10 @@
 """Which runs the published tables are made of. A table is a list of parts; a part is one config run as several strategies."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omnifm.compare import Cell, Variant, plan_cells, read_variants
 from omnifm.config import load
@@ -43,15 +45,29 @@ def _plain(*strategies: str, name: str = "", changes: tuple[str, ...] = ()) -> C
 
 
 def _own_federations() -> list[Variant]:
-    """Return the mixed config once per task, with the cohorts of that task alone: nothing else differs."""
+    """Return the mixed config once per task, with that task's cohorts and settings alone: nothing else differs."""
+    config = load(CONFIGS / "mixed.toml")
     by_task: dict[str, list[str]] = {}
-    for entry in load(CONFIGS / "mixed.toml").federation.cohorts:
+    for entry in config.federation.cohorts:
         by_task.setdefault(Cohort.read(Path(entry.path)).spec.task, []).append(entry.path)
-    return [
-        Variant(strategy, f"own-{task}", (f"federation.cohorts=[{', '.join(f'{{path={path!r}}}' for path in paths)}]",))
+    settings = config.tasks["mixed"]["set"]
+    changes = {
+        task: (
+            f"federation.cohorts={_toml([{'path': path} for path in paths])}",
+            f"tasks.mixed.set={_toml({task: settings[task]} if task in settings else {})}",
+        )
         for task, paths in by_task.items()
-        for strategy in ("fedavg", "fedper", "omnifm")
-    ]
+    }
+    return [Variant(name, f"own-{task}", own) for task, own in changes.items() for name in ("fedavg", "fedper", "omnifm")]
+
+
+def _toml(value: Any) -> str:
+    """Return a value as it stands behind `=` in TOML, on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
 
 
 def _named(name: str) -> Path:

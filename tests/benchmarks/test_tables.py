@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 
+from omnifm import build
 from omnifm.compare import Variant, plan_cells, run_cells
 from tests.run import jobs
 
@@ -85,7 +86,15 @@ def test_own_federations_differ_from_the_mixed_one_in_their_cohorts_alone(script
     alone = {cell.variant.name: cell.config.federation.cohorts for cells in own for cell in cells}
     assert sorted(c.path for cohorts in alone.values() for c in cohorts) == sorted(c.path for c in whole)
     first = own[0][0].config
-    assert first.model_copy(update={"federation": mixed[0].config.federation, "strategy": "local"}) == mixed[0].config
+    same = {"federation": mixed[0].config.federation, "strategy": "local", "tasks": mixed[0].config.tasks}
+    assert first.model_copy(update=same) == mixed[0].config
+    settings = mixed[0].config.tasks["mixed"]["set"]
+    found = {cell.variant.name: cell.config.tasks["mixed"]["set"] for cells in own for cell in cells}
+    assert {task: values for each in found.values() for task, values in each.items()} == settings
+    # Settings of a task that is not there are a mistake, which only the task can see.
+    alone_with_settings = next(cell.config for cells in own for cell in cells if cell.variant.name == "own-fusion")
+    data = build.load_data(alone_with_settings, check=False)
+    assert build.make_task(alone_with_settings, data).name == "mixed"
 
 
 def test_every_published_table_can_be_planned(script: Script) -> None:
