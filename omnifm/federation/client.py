@@ -27,6 +27,10 @@ POOLED = "pooled"
 """Name of the client that holds everybody's data (`centralised`)."""
 
 
+class NotFiniteError(FederationError):
+    """A client's own training, or what it keeps or scores, gave a number that is none."""
+
+
 @dataclass(frozen=True)
 class LocalConfig:
     """What the local loop needs to know of the config."""
@@ -129,6 +133,18 @@ class Site:
         return self._reply(request, len(job.data.train), extra=self.strategy.describe(job))
 
     def _train(self, request: Request) -> Reply:
+        try:
+            return self._trained(request)
+        except NotFiniteError:
+            if not self.strategy.tolerates_nonfinite:
+                raise
+            # The server discards it by its loss. Nothing was saved: the client's private state is that before the round.
+            return self._reply(request, self._count(request), request.tensors, metrics={"loss": math.nan})
+
+    def _count(self, request: Request) -> int:
+        return int(request.settings.get("budget") or len(self._data(request.client).train))
+
+    def _trained(self, request: Request) -> Reply:
         state = self._install(request)
         config = self._config
         job = self._job(request, state, learning_rate(config.optimiser, request.round, config.rounds))
@@ -137,10 +153,11 @@ class Site:
             self.strategy.begin(job)
             losses = self._fit(job, self.strategy.phases(job, Effort.of(request.settings)), with_strategy=True)
             upload = self.strategy.finish(job)
-        self._save(request, job)
         tensors = sharing.read(self.model, self._of(request.client, self.sharing.shared))
-        count = int(request.settings.get("budget") or len(job.data.train))
-        return self._reply(request, count, tensors, upload.extra, {**losses, **upload.metrics})
+        if self.strategy.tolerates_nonfinite:
+            _require_finite(tensors, request, "a tensor is not finite after training")
+        self._save(request, job)
+        return self._reply(request, self._count(request), tensors, upload.extra, {**losses, **upload.metrics})
 
     def _evaluate(self, request: Request) -> Reply:
         """Score one split. `view`: `personal` (own private state), `global` (shared model alone) or an untrained `reference`."""
@@ -160,7 +177,12 @@ class Site:
             self.strategy.begin(job)
             if settings.get("finetune_epochs"):
                 self.task.begin_training(self.model, request.round)
-                self._fit(job, [Phase(Effort(int(settings["finetune_epochs"])))], with_strategy=False)
+                try:
+                    self._fit(job, [Phase(Effort(int(settings["finetune_epochs"])))], with_strategy=False)
+                except NotFiniteError:
+                    if not self.strategy.tolerates_nonfinite:
+                        raise
+                    return self._reply(request, len(job.data.train))  # no state of the metric: no score
         states = self._score(request.client, job.data.split(settings["split"]), partial(self._predict, job))
         _require_finite(states, request, "a prediction is not finite")
         return self._reply(request, len(job.data.train), extra=states)
@@ -241,7 +263,7 @@ class Site:
                 yield self.task.augment(batch, generator) if self._config.augmented else batch
 
     def _fit(self, job: LocalJob, phases: Sequence[Phase], *, with_strategy: bool) -> dict[str, float]:
-        """Train in place; return mean loss and penalty over the steps. Raises FederationError if a loss is not finite."""
+        """Train in place; return mean loss and penalty over the steps. Raises NotFiniteError if a loss is not finite."""
         if not len(job.data.train):
             raise FederationError(f"client {job.client}: no training examples")
         self.model.train()
@@ -256,7 +278,7 @@ class Site:
             raise FederationError(f"client {job.client}: BatchNorm cannot train on batches of one (set model.norm = 'group')")
         loss, penalty = (total / job.steps).tolist()
         if not math.isfinite(loss + penalty):
-            raise FederationError(f"client {job.client}, round {job.round}: the loss is not finite (lower optimiser.lr?)")
+            raise NotFiniteError(f"client {job.client}, round {job.round}: the loss is not finite (lower optimiser.lr?)")
         return {"loss": loss, "penalty": penalty}
 
     def _step(self, job: LocalJob, batch: Batch, optimiser: torch.optim.Optimizer, with_strategy: bool) -> Tensor:
@@ -317,6 +339,6 @@ class Site:
 
 
 def _require_finite(tensors: Mapping[str, Tensor], request: Request, complaint: str) -> None:
-    """Raise FederationError if a value is not: what stays at the client or becomes a score is seen by no later check."""
+    """Raise NotFiniteError if a value is not: what stays at the client or becomes a score is seen by no later check."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise FederationError(f"client {request.client}, round {request.round}: {complaint}")
+        raise NotFiniteError(f"client {request.client}, round {request.round}: {complaint}")

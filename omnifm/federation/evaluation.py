@@ -94,7 +94,8 @@ class Evaluator:
             )
             for client in clients
         )
-        return {reply.client: reply.extra for reply in self._engine.exchange(requests)}
+        # A client whose fine-tuning failed, where the strategy tolerates that, answers without a state.
+        return {reply.client: reply.extra for reply in self._engine.exchange(requests) if reply.extra}
 
     def _tensors(self, server: ServerState, client: str, view: View) -> Mapping[str, Tensor]:
         return server.shared if view == "global" else self._strategy.shared_for(server, client)

@@ -77,7 +77,8 @@ class Strategy:
     averages: ClassVar[bool] = True
     """False: no two clients' tensors are ever averaged, so options of averaging are a mistake."""
     tolerates_nonfinite: ClassVar[bool] = False
-    """True: a reply that is not finite is left out of its round, and counted; by default it ends the run."""
+    """True: a reply that is not finite, or a client whose training is not, is left out of its round, and counted; by default
+    it ends the run."""
     predicts_with_extra: ClassVar[bool] = True
     """False: what `extra_for` returns is for training alone, and is not sent with other requests."""
     buffers: frozenset[str] = frozenset()

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from omnifm.errors import FederationError
+from omnifm.federation.discriminator import divergence_from_uniform
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import ServerState
-from omnifm.federation.strategies.adcol import ADCOL, divergence_from_uniform
+from omnifm.federation.strategies.adcol import ADCOL
 from omnifm.federation.strategy import Step
 from tests.support import HOSPITALS, Altered, Hospital, Lab, Spy, differing, make_lab, spy
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from omnifm.errors import FederationError
 from omnifm.federation.messages import Reply, Request
 from omnifm.federation.robust import hostile_among
-from tests.support import Altered, Hospital, Lab, Spy, differing, make_lab, spy
+from omnifm.federation.state import LocalJob, ServerState
+from omnifm.federation.strategy import Upload
+from tests.support import Altered, Hospital, Lab, Spy, Wire, differing, make_lab, make_split, spy
 
 ROBUST = ["median", "trimmed_mean", "multikrum", "clipped_mean"]
 CLIENTS = tuple(Hospital(name, "CT", 8) for name in "abcdefghij")
@@ -170,3 +172,70 @@ def test_without_a_guard_statistics_alone_are_not_fedavgs(strategy: str, options
     for name in moving:
         middle = torch.stack([reply.tensors[name] for reply in spy(lab).trained()]).sort(dim=0).values[1:3].mean(dim=0)
         torch.testing.assert_close(ours[name], middle)
+
+
+# --------------------------------------------------------------------------- a client that fails by itself
+def sick(folder: Path, strategy: str, **changes: Any) -> Lab:
+    """A lab in which client d has an image that is no number, in every round but the first."""
+    healthy = make_lab(folder / "0", strategy).task.client_data("d")
+    images = make_split(8, "US", "sick")
+    lab = make_lab(folder / "1", strategy, data={"d": replace(healthy, train=images)}, engine=Wire, **changes)
+
+    def fall_ill(lab: Lab, server: ServerState, done: int) -> None:
+        images.images[3, 0, 5, 5] = float("nan")
+
+    lab.after_round = fall_ill
+    return lab
+
+
+@pytest.mark.parametrize("strategy", ROBUST)
+def test_a_client_whose_training_fails_is_discarded_and_keeps_its_private_state(strategy: str, tmp_path: Path) -> None:
+    lab = sick(tmp_path, strategy, model__norm="batch", model__buffers="local", federation__rounds=3)
+    kept: list[dict[str, Tensor]] = []
+    fall_ill = lab.after_round
+
+    def after(lab: Lab, server: ServerState, done: int) -> None:
+        fall_ill(lab, server, done)
+        kept.append(lab.private("d"))
+
+    lab.after_round = after
+    server = lab.run()
+    assert [e["discarded"] for e in lab.events if e["event"] == "round"] == [0, 1, 1]
+    events = [e for e in lab.events if e["event"] == "client" and "discarded" in e]
+    assert [(e["client"], e["round"], e["loss"]) for e in events] == [("d", 1, None), ("d", 2, None)]
+    assert all(e["bytes_up"] for e in events)
+    assert all(bool(t.isfinite().all()) for t in server.shared.values())
+    assert kept[0] and differing(kept[0], kept[1]) == differing(kept[0], kept[2]) == []
+    assert differing(lab.private("a"), lab.private("a", 1)), "the others went on"
+    found = lab.evaluate(server, finetune=True)
+    assert found.clients["d"]["personal"] is not None and found.clients["d"]["finetuned"] is None
+    assert found.clients["a"]["finetuned"] is not None and found.views["finetuned"] is not None
+
+
+def test_the_others_go_on_as_if_the_client_had_not_been_asked(tmp_path: Path) -> None:
+    lab = sick(tmp_path, "median")
+    data = {"d": replace(lab.task.client_data("d"), train=make_split(8, "US", "sick"))}
+    without = make_lab(tmp_path / "2", "median", data=data, schedule=[["a", "b", "c", "d"], ["a", "b", "c"]])
+    assert differing(lab.run().shared, without.run().shared) == []
+
+
+def test_the_mean_ends_with_a_client_whose_training_fails(tmp_path: Path) -> None:
+    with pytest.raises(FederationError, match=r"^client d, round 1: the loss is not finite \(lower optimiser.lr\?\)$"):
+        sick(tmp_path, "fedavg").run()
+
+
+def test_weights_that_are_no_numbers_after_the_last_step_leave_private_state_alone(tmp_path: Path) -> None:
+    """The loss is that of the steps before."""
+    changes: dict[str, Any] = {"model__norm": "batch", "model__buffers": "local", "optimiser__batch_size": 16}
+    lab = make_lab(tmp_path, "median", **changes)
+    finish = lab.site.strategy.finish
+
+    def spoil(job: LocalJob) -> Upload:
+        if (job.client, job.round) == ("d", 1):
+            next(job.model.head.parameters()).data.mul_(float("inf"))
+        return finish(job)
+
+    lab.site.strategy.finish = spoil  # type: ignore[method-assign]
+    lab.run()
+    assert [e["discarded"] for e in lab.events if e["event"] == "round"] == [0, 1]
+    assert differing(lab.private("d"), lab.private("d", 1)) == []

@@ -18,7 +18,6 @@ Adaptations. In the first round there is no D yet. Prototypes are of features af
 a round is counted in steps, the features are those of the last passes, n_i at most.
 """
 
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -26,11 +25,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from omnifm import seeds
 from omnifm.errors import FederationError
 from omnifm.federation.card import Card
+from omnifm.federation.discriminator import discriminator, divergence_from_uniform, learn
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import LocalJob, ServerState
 from omnifm.federation.strategy import Step, Strategy, StrategyOptions, Upload
@@ -163,38 +162,19 @@ class ADCOL(Strategy):
     def _learn(self, server: ServerState, vectors: Tensor, target: Tensor, counts: Tensor, round_index: int) -> float:
         """Train the discriminator, keep it, return its accuracy on what it was trained on."""
         saved = {n.removeprefix(_WEIGHTS): t for n, t in server.extra.items() if n.startswith(_WEIGHTS)}
-        judge = self._discriminator(saved, vectors.shape[1]).train()
-        optimiser = torch.optim.SGD(judge.parameters(), lr=self.options.discriminator_lr)
+        judge, o = self._discriminator(saved, vectors.shape[1]), self.options
         generator = seeds.generator(self.context.seed, "adcol", "discriminator", round_index)
-        orders = (torch.randperm(len(vectors), generator=generator) for _ in range(self.options.discriminator_epochs))
-        for index in itertools.chain.from_iterable(order.split(_BATCH) for order in orders):
-            if len(index) == 1:
-                continue  # BatchNorm cannot train on one
-            optimiser.zero_grad()
-            loss = functional.cross_entropy(judge(vectors[index]), target[index], reduction="none")
-            ((loss * counts[index]).sum() / counts[index].sum()).backward()
-            optimiser.step()
+        lr, epochs = o.discriminator_lr, o.discriminator_epochs
+        accuracy = learn(judge, vectors, target, counts, lr=lr, epochs=epochs, generator=generator)
         server.extra.update({_WEIGHTS + n: t.detach().clone() for n, t in judge.state_dict().items()})
-        with torch.no_grad():
-            return float((judge.eval()(vectors).argmax(dim=1) == target).float().mean())
+        return accuracy
 
     def _discriminator(self, state: Mapping[str, Tensor], width: int = 0) -> nn.Sequential:
         """Return the discriminator in a given state, or the untrained one for features of length `width`."""
         outputs = len(self.context.clients if self.options.predicts == "client" else self.context.modalities)
-        sizes = (state["0.weight"].shape[1] if state else width, self.options.hidden, self.options.hidden)
-        layers: list[nn.Module] = []
+        width = state["0.weight"].shape[1] if state else width
         with seeds.scope(self.context.seed, "adcol", "init"):
-            for before, after in itertools.pairwise(sizes):
-                layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
-            judge = nn.Sequential(*layers, nn.Linear(sizes[-1], outputs, bias=False))
-        if state:
-            judge.load_state_dict(dict(state))
-        return judge
-
-
-def divergence_from_uniform(logits: Tensor) -> Tensor:
-    """Return KL(u || softmax(logits)), the mean over rows `(b, N)`."""
-    return -(functional.log_softmax(logits.float(), dim=1).mean() + math.log(logits.shape[1]))
+            return discriminator(width, self.options.hidden, outputs, state)
 
 
 def _features(job: LocalJob) -> Tensor:
