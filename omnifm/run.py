@@ -75,7 +75,7 @@ def execute(
     Raises:
         OmnifmError: bad config or data, a folder in use, a damaged checkpoint, a client that fails.
     """
-    if _is_finished(config, out, resume):
+    if require_usable(config, out, resume=resume):
         return read_json(out / "metrics.json")
     build.strategy_options(config)  # a misspelt option must not wait for the images
     build.task_options(config)
@@ -94,8 +94,12 @@ def execute(
     return metrics
 
 
-def _is_finished(config: Config, out: Path, resume: bool) -> bool:
-    """Check that `out` may be used. Raises CheckpointError if it holds another run, or one that was not to be resumed."""
+def require_usable(config: Config, out: Path, *, resume: bool) -> bool:
+    """Check that `out` may be used; return whether the run there is finished.
+
+    Raises:
+        CheckpointError: it holds another run, or one that was not to be resumed.
+    """
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out}: is a file, not a folder")
     # A start that was killed while it wrote its first file leaves a partial one.

@@ -1,0 +1,54 @@
+"""The folder that Flower takes for its app: it names our two programs, and holds nothing else."""
+
+from pathlib import Path
+
+import tomli_w
+
+from omnifm import __version__
+from omnifm.track.folder import write_text
+
+_PACKAGE = "omnifm_app"
+_SERVER = """from omnifm.deploy.server import main
+from omnifm.engines.flower import server_app
+
+app = server_app(main)
+"""
+_CLIENT = """from omnifm.engines.flower import client_app
+
+app = client_app()
+"""
+CONNECTION = "omnifm"
+"""Name of the connection in Flower's config."""
+
+
+def write_app(folder: Path) -> Path:
+    """Write the app into `folder`; return it. Raises CheckpointError if the disk refuses."""
+    package = folder / _PACKAGE
+    package.mkdir(parents=True, exist_ok=True)
+    components = {"serverapp": f"{_PACKAGE}.server:app", "clientapp": f"{_PACKAGE}.client:app"}
+    project = {
+        "build-system": {"requires": ["hatchling"], "build-backend": "hatchling.build"},
+        "project": {"name": "omnifm-app", "version": __version__, "license": {"file": "LICENSE"}, "dependencies": []},
+        "tool": {"flwr": {"app": {"publisher": "omnifm", "components": components, "config": {}}}},
+    }
+    write_text(folder / "pyproject.toml", tomli_w.dumps(project))
+    write_text(folder / "LICENSE", "Apache-2.0\n")
+    write_text(package / "__init__.py", '"""Names the programs of omnifm."""\n')
+    write_text(package / "server.py", _SERVER)
+    write_text(package / "client.py", _CLIENT)
+    return folder
+
+
+def write_home(home: Path, address: str, authority: Path | None) -> Path:
+    """Write Flower's config into its home folder; return the folder.
+
+    Args:
+        home: the folder.
+        address: HOST:PORT of the SuperLink.
+        authority: certificate to check the SuperLink with; None: without TLS.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    safe = {"root-certificates": str(authority.resolve())} if authority else {"insecure": True}
+    connection = {"default": CONNECTION, CONNECTION: {"address": address, **safe}}
+    write_text(home / "config.toml", tomli_w.dumps({"superlink": connection}))
+    return home
