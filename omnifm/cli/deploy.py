@@ -46,6 +46,7 @@ def serve(
     from omnifm.track.folder import read_json
 
     server = make_server(load(config, set_), out, certs, host, port, clients_in(clients), resume=resume)
+    _end_well()
     server.say = lambda line: typer.echo(line, err=True)
     server.run()
     print_scores(read_json(out / "metrics.json"))
@@ -66,11 +67,19 @@ def join(
 
     from omnifm.deploy.join import make_member
 
+    _end_well()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     member = make_member(server, cohort, client, certs, state or Path(f"hospital-{client}"))
     member.say = lambda line: typer.echo(line, err=True)
     typer.echo(f"{client} joins {server}; interrupt to leave", err=True)
     member.run()
+
+
+def _end_well() -> None:
+    """Let a request to end (systemd's, a container's) do what Ctrl-C does."""
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that is or was served.")]) -> None:

@@ -1,5 +1,7 @@
-"""The folder that Flower takes for its app: it names our two programs, and holds nothing else."""
+"""What Flower is given: at the server an app that names our programs, at a hospital programs in place of its own."""
 
+import shlex
+import sys
 from pathlib import Path
 
 import tomli_w
@@ -37,6 +39,26 @@ def write_app(folder: Path) -> Path:
     write_text(package / "server.py", _SERVER)
     write_text(package / "client.py", _CLIENT)
     return folder
+
+
+def write_programs(folder: Path) -> Path:
+    """Write what a SuperNode finds in place of Flower's programs; return the folder. Nothing runs there but ours.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = shlex.join([sys.executable, "-c", "from omnifm.engines.flower import node_message_program as run; run()"])
+    for name in ("flwr-agentapp", "flwr-clientapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation"):
+        refusal = f"echo 'omnifm: a hospital runs no {name}; refused' >&2\nexit 1"
+        write_text(folder / name, "#!/bin/sh\n" + (f'exec {ours} "$@"\n' if name == "flwr-clientapp" else refusal + "\n"))
+        (folder / name).chmod(0o700)
+    return folder
+
+
+def node_command() -> list[str]:
+    """Return the command that runs a SuperNode."""
+    return [sys.executable, "-c", "from omnifm.engines.flower import node_program as run; run()"]
 
 
 def write_home(home: Path, address: str, authority: Path | None) -> Path:

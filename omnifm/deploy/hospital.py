@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,10 @@ class Hospital:
             raise FederationError(f"client {self._client}: the server sent a reply")
         if request.client != self._client:
             raise FederationError(f"client {self._client}: was asked in the name of client {request.client}")
-        return Call("reply", {}, encode(self._site(call.header).handle(request)))
+        started = time.perf_counter()
+        reply = encode(self._site(call.header).handle(request))
+        log.info("%s, round %d: answered in %.1f s", request.kind, request.round, time.perf_counter() - started)
+        return Call("reply", {}, reply)
 
     def _config(self, header: Mapping[str, Any]) -> Config:
         """Return the server's config with this machine's folders. Raises ConfigError if it is none, or pools data."""

@@ -1,14 +1,16 @@
 """`omnifm join`: a worker that keeps data and model loaded, and a SuperNode that is started again whenever it ends."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omnifm.deploy.app import node_command, write_programs
 from omnifm.deploy.certs import Folder, require_cryptography
 from omnifm.deploy.hospital import Hospital
-from omnifm.deploy.processes import Child, environment, free_port, last_words, program, require_flower, require_loopback
+from omnifm.deploy.processes import Child, environment, free_port, last_words, require_flower, require_loopback
 from omnifm.engines.loopback import PLACE, Listener
 from omnifm.errors import CheckpointError, ConfigError
 from omnifm.federation.store import CLIENT_ID
@@ -68,7 +70,7 @@ class Member:
 
     def _start(self) -> None:
         # The port is for this machine's own programs; whoever takes it in between makes the node fail, and it is started again.
-        command = [program("flower-supernode"), "--superlink", self.server, "--host", "127.0.0.1", "--port", str(free_port())]
+        command = [*node_command(), "--superlink", self.server, "--host", "127.0.0.1", "--port", str(free_port())]
         if self.certs:
             files = Folder(self.certs)
             command += ["--root-certificates", str(files.authority)]
@@ -76,6 +78,7 @@ class Member:
         else:
             command += ["--insecure"]
         env = environment(self.state / "flower", **{PLACE: str(self.state / "worker.json")})
+        env["PATH"] = f"{write_programs(self.state / 'programs')}{os.pathsep}{env['PATH']}"
         self._node = Child(command, env, self.log)
         self._started = time.monotonic()
 

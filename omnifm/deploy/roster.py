@@ -73,6 +73,8 @@ class Roster:
                 except FederationError as error:
                     log.warning("a node: %s; asking it again", error)
         for arrival in self._carrier.take(list(self._parcels)):
+            if arrival.parcel not in self._parcels:
+                continue  # it came twice
             node = self._parcels.pop(arrival.parcel)
             try:
                 self._take(node, arrival)

@@ -1,14 +1,18 @@
 """Flower (flwr 1.41 or 1.42), which carries the bytes between machines: the one file that imports it.
 
 Flower starts a new program for every message at a node. What that program runs is `forward`, so this file, and all it imports,
-is free of torch and MONAI. At the server the round loop runs inside Flower's ServerApp and sends through its grid.
+is free of torch and MONAI. No code that the server sends is ever loaded at a node. At the server the round loop runs inside a
+ServerApp of Flower's and sends through its grid.
 """
 
 import logging
 import os
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import httpx
 from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
@@ -22,6 +26,7 @@ from omnifm.errors import FederationError
 
 _RECORD, _ARRAY = "omnifm", "call"
 _STYPE = "omnifm.call"
+_LOOK_SECONDS = 0.5
 _SECONDS_TO_LIVE = 7 * 24 * 3600.0
 
 
@@ -53,6 +58,39 @@ def client_app() -> ClientApp:
     app = ClientApp()
     app.query()(forward)
     return app
+
+
+def node_message_program() -> None:
+    """Run in place of Flower's `flwr-clientapp`, which would install and run the app that the server sent: run ours instead.
+
+    Raises:
+        FederationError: this Flower has not the parts that are replaced.
+    """
+    import flwr.supernode.runtime.run_clientapp as runtime
+    from flwr.supernode.cli import flwr_clientapp
+
+    _replace(runtime, "install_from_fab", lambda *_, **__: None)
+    _replace(runtime, "get_load_client_app_fn", lambda **_: lambda *__: client_app())
+    flwr_clientapp()
+
+
+def node_program() -> None:
+    """Run Flower's `flower-supernode`, which looks for messages every three seconds, and look twice a second.
+
+    Raises:
+        FederationError: this Flower has not the part that is replaced.
+    """
+    import flwr.supernode.start_client_internal as loop
+    from flwr.supernode.cli import flower_supernode
+
+    _replace(loop, "time", SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, _LOOK_SECONDS))))
+    flower_supernode()
+
+
+def _replace(module: ModuleType, name: str, value: object) -> None:
+    if name not in vars(module):
+        raise FederationError(f"this version of Flower ({version('flwr')}) is not known: {module.__name__} has no {name}")
+    setattr(module, name, value)
 
 
 def server_app(main: Callable[["GridCarrier"], None]) -> ServerApp:
