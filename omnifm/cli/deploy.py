@@ -75,6 +75,24 @@ def join(
     member.run()
 
 
+def doctor(
+    server: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="A server to reach.")] = "",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="A port to listen on.")] = 0,
+    certs: Certs = None,
+    client: Annotated[str, typer.Option("--client", metavar="ID", help="This hospital's id.")] = "",
+    cohort: Annotated[Path | None, typer.Option("--cohort", metavar="DIR", help="This hospital's cohort.")] = None,
+    state: Annotated[Path, typer.Option("--state", metavar="DIR", help="Folder that will be written to.")] = Path(),
+) -> None:
+    """Look for what would keep serve or join from working, and say how to mend it; exit 1 if there is a problem."""
+    from omnifm.deploy.doctor import Patient, examine
+
+    findings = examine(Patient(server, port, certs, client, cohort, state))
+    for finding in findings:
+        typer.echo(f"{finding.level}: {finding.what}" + (f"\n    {finding.mend}" if finding.mend else ""))
+    if any(finding.level == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
 def _end_well() -> None:
     """Let a request to end (systemd's, a container's) do what Ctrl-C does."""
     import signal

@@ -110,6 +110,8 @@ def locked(path: Path) -> Iterator[None]:
 
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock."""
+    if not path.is_file():
+        return False
     try:
         with locked(path):
             return False

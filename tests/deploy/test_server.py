@@ -30,6 +30,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return jobs.data_folder(tmp_path_factory.getbasetemp())
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in one process."""
+    return jobs.finished(tmp_path_factory.getbasetemp(), "omnifm")
+
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_POLL_SECONDS", "_RESEND_SECONDS", "_CHECK_SECONDS"):
@@ -58,26 +64,23 @@ def private(folder: Path) -> dict[str, Any]:
     return {f"{p.parent.name}/{p.name}": jobs.contents(p) for p in sorted(folder.rglob("*.safetensors"))}
 
 
-@pytest.mark.parametrize("strategy", ["omnifm", "fedper"])
-def test_it_leaves_what_a_run_in_one_process_leaves(data: Path, tmp_path: Path, strategy: str) -> None:
-    config = jobs.config(data, strategy)
-    run.execute(config, tmp_path / "one")
+def test_it_leaves_what_a_run_in_one_process_leaves(data: Path, one: Path, tmp_path: Path) -> None:
+    config = jobs.config(data, "omnifm")
     serve(config, Post(open_bays(data, tmp_path / "hospitals", CLIENTS)), tmp_path / "apart")
-    assert remembered(tmp_path / "apart") == remembered(tmp_path / "one")
-    assert private(tmp_path / "hospitals") == private(tmp_path / "one" / "checkpoint" / "clients")
+    assert remembered(tmp_path / "apart") == remembered(one)
+    assert private(tmp_path / "hospitals") == private(one / "checkpoint" / "clients")
     assert (tmp_path / "apart" / "report.html").is_file()
     assert read_status(tmp_path / "apart").headline.startswith("finished, round 3 of 3, loss 0.")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_thirty_faults_change_nothing_and_no_reply_counts_twice(data: Path, tmp_path: Path, seed: int) -> None:
+def test_thirty_faults_change_nothing_and_no_reply_counts_twice(data: Path, one: Path, tmp_path: Path, seed: int) -> None:
     config = jobs.config(data, "omnifm")
-    run.execute(config, tmp_path / "one")
     post = Post(open_bays(data, tmp_path / "hospitals", CLIENTS), faults=30, seed=seed)
     serve(config, post, tmp_path / "apart")
     assert len(post.met) == 30 and len(set(post.met)) == 6
-    assert remembered(tmp_path / "apart") == remembered(tmp_path / "one")
-    assert private(tmp_path / "hospitals") == private(tmp_path / "one" / "checkpoint" / "clients")
+    assert remembered(tmp_path / "apart") == remembered(one)
+    assert private(tmp_path / "hospitals") == private(one / "checkpoint" / "clients")
     events = jobs.lines(tmp_path / "apart" / "events.jsonl")
     trained = [(e["round"], e["client"]) for e in events if e["event"] == "client"]
     assert len(trained) == len(set(trained)) == 9  # three of four, three rounds
@@ -106,7 +109,7 @@ def test_a_server_that_is_killed_goes_on_from_its_last_round(data: Path, tmp_pat
         with pytest.raises(Killed):
             serve(config, post, tmp_path / "apart")
     serve(config, post, tmp_path / "apart")
-    assert remembered(tmp_path / "apart") == remembered(tmp_path / "one")
+    assert remembered(tmp_path / "apart") == remembered(one)
 
 
 def test_hospitals_that_start_anew_keep_their_private_state(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
