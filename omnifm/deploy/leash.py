@@ -1,7 +1,7 @@
 """Runs a program that must not outlive who started it: `python -m omnifm.deploy.leash PROGRAM ARGUMENT...`.
 
 Standard input is the leash: when it ends, because whoever holds the other end closed it or was killed, the program and all that
-it started are ended too.
+it started are ended too. This process has to lead a group of its own, and ends with the group.
 """
 
 import os
@@ -12,15 +12,18 @@ import threading
 import time
 
 _GRACE_SECONDS = 8.0
+_LAST_SECONDS = 0.5
 
 
-def main(command: list[str]) -> int:
-    """Run `command` in this process's group; return its exit code."""
+def main(command: list[str]) -> None:
+    """Run `command` to its end, or to the end of standard input; then end the whole group."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     threading.Thread(target=_wait_for_the_end, args=(process,), daemon=True).start()
-    code = process.wait()
-    _end_group()
-    return code
+    process.wait()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(_LAST_SECONDS)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _wait_for_the_end(process: subprocess.Popen[bytes]) -> None:
@@ -28,21 +31,11 @@ def _wait_for_the_end(process: subprocess.Popen[bytes]) -> None:
     while os.read(0, 4096):
         pass
     process.terminate()
-    for _ in range(int(10 * _GRACE_SECONDS)):
-        if process.poll() is not None:
-            return
-        time.sleep(0.1)
-    process.kill()
-
-
-def _end_group() -> None:
-    """End what the program left behind. This process leads the group and must not end with it before it says the code."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.killpg(0, signal.SIGTERM)
-    time.sleep(0.5)
+    try:
+        process.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 if __name__ == "__main__":
-    outcome = main(sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(outcome if outcome >= 0 else 128 - outcome)
+    main(sys.argv[1:])

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _START_SECONDS = 60.0
 _LOOK_SECONDS = 1.0
-_PATIENCE_SECONDS = 60.0
+_PATIENCE_SECONDS = 180.0
 """Time that the server's program may take to start before it is started again."""
 _MOST_RESTARTS = 5
 

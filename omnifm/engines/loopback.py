@@ -8,7 +8,6 @@ import hashlib
 import hmac
 import json
 import os
-import secrets
 import socket
 import threading
 from collections.abc import Callable
@@ -91,7 +90,7 @@ class Listener:
 
     def __init__(self, answer: Callable[[bytes], bytes], place: Path) -> None:
         self._answer, self._place = answer, place
-        self._token = secrets.token_bytes(_NONCE)
+        self._token = os.urandom(_NONCE)
         self._socket = socket.create_server((_HOST, 0))
         self._one_at_a_time = threading.Lock()
         self._write_place()
