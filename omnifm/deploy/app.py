@@ -19,6 +19,7 @@ _CLIENT = """from omnifm.engines.flower import client_app
 
 app = client_app()
 """
+_REFUSED = ("agentapp", "clientapp", "connector", "model", "serverapp", "simulation")
 CONNECTION = "omnifm"
 """Name of the connection in Flower's config."""
 
@@ -48,10 +49,10 @@ def write_programs(folder: Path) -> Path:
         CheckpointError: the disk refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    ours = shlex.join([sys.executable, "-c", "from omnifm.engines.flower import node_message_program as run; run()"])
-    for name in ("flwr-agentapp", "flwr-clientapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation"):
-        refusal = f"echo 'omnifm: a hospital runs no {name}; refused' >&2\nexit 1"
-        write_text(folder / name, "#!/bin/sh\n" + (f'exec {ours} "$@"\n' if name == "flwr-clientapp" else refusal + "\n"))
+    ours = shlex.join([sys.executable, "-c", "from omnifm.engines.flower import node_executor_program as run; run()"])
+    programs = {f"flwr-{kind}": f"echo 'omnifm: a hospital runs no flwr-{kind}; refused' >&2\nexit 1" for kind in _REFUSED}
+    for name, script in {**programs, "flower-superexec": f'exec {ours} "$@"'}.items():
+        write_text(folder / name, f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o700)
     return folder
 

@@ -1,18 +1,21 @@
 """Flower (flwr 1.41 or 1.42), which carries the bytes between machines: the one file that imports it.
 
-Flower starts a new program for every message at a node. What that program runs is `forward`, so this file, and all it imports,
+At a node every message has a process of its own. What that process runs is `forward`, so this file, and all it imports,
 is free of torch and MONAI. No code that the server sends is ever loaded at a node. At the server the round loop runs inside a
 ServerApp of Flower's and sends through its grid.
 """
 
 import logging
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING
 
 import httpx
 from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
@@ -23,6 +26,9 @@ from omnifm.engines.calls import MOST_BYTES
 from omnifm.engines.loopback import PLACE, ask
 from omnifm.engines.parcels import Arrival, Node
 from omnifm.errors import FederationError
+
+if TYPE_CHECKING:
+    from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResult
 
 _RECORD, _ARRAY = "omnifm", "call"
 _STYPE = "omnifm.call"
@@ -60,18 +66,48 @@ def client_app() -> ClientApp:
     return app
 
 
-def node_message_program() -> None:
-    """Run in place of Flower's `flwr-clientapp`, which would install and run the app that the server sent: run ours instead.
+def node_executor_program() -> None:
+    """Run in place of Flower's `flower-superexec`, which starts a new program for every message, with the app the server sent.
+
+    Ours forks a process in which everything is imported, with our app. Tasks of any other kind are refused.
 
     Raises:
         FederationError: this Flower has not the parts that are replaced.
     """
     import flwr.supernode.runtime.run_clientapp as runtime
-    from flwr.supernode.cli import flwr_clientapp
+    from flwr.supercore.cli import flower_superexec
+    from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 
     _replace(runtime, "install_from_fab", lambda *_, **__: None)
     _replace(runtime, "get_load_client_app_fn", lambda **_: lambda *__: client_app())
-    flwr_clientapp()
+    _replace(SubprocessExecutor, "launch", lambda _, spec: _launch(spec))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forked ones
+    flower_superexec()
+
+
+def _launch(spec: "ExecutionSpec") -> "LaunchResult":
+    """Fork a process for one message."""
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.superexec.executor.types import LaunchResult
+    from flwr.supernode.cli import flwr_clientapp
+
+    if spec.task_type != TaskType.CLIENT_APP:
+        return LaunchResult.failed(f"omnifm: a hospital runs no {spec.task_type}")
+    if os.fork():
+        return LaunchResult.accepted()
+    code = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        safe = ["--insecure"] if spec.insecure else ["--root-certificates", str(spec.root_certificates_path)]
+        sys.argv = ["omnifm-message", "--runtime-api-address", spec.runtime_api_address, "--token", spec.token, *safe]
+        sys.argv += ["--parent-pid", str(os.getppid())]
+        flwr_clientapp()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # what the parent opened is the parent's to close
 
 
 def node_program() -> None:
@@ -87,10 +123,10 @@ def node_program() -> None:
     flower_supernode()
 
 
-def _replace(module: ModuleType, name: str, value: object) -> None:
-    if name not in vars(module):
-        raise FederationError(f"this version of Flower ({version('flwr')}) is not known: {module.__name__} has no {name}")
-    setattr(module, name, value)
+def _replace(place: ModuleType | type, name: str, value: object) -> None:
+    if name not in vars(place):
+        raise FederationError(f"this version of Flower ({version('flwr')}) is not known: {place.__name__} has no {name}")
+    setattr(place, name, value)
 
 
 def server_app(main: Callable[["GridCarrier"], None]) -> ServerApp:

@@ -107,9 +107,9 @@ def test_programs_are_told_to_be_quiet_and_are_ours_first(tmp_path: Path) -> Non
 def test_a_hospital_runs_nothing_but_ours(tmp_path: Path) -> None:
     folder = write_programs(tmp_path / "programs")
     names = sorted(path.name for path in folder.iterdir())
-    assert "flwr-clientapp" in names and len(names) == 6
+    assert "flower-superexec" in names and len(names) == 7
     for name in names:
-        if name == "flwr-clientapp":
+        if name == "flower-superexec":
             assert "omnifm.engines.flower" in (folder / name).read_text()
         else:
             done = subprocess.run([folder / name, "--token", "x"], capture_output=True, text=True)

@@ -166,9 +166,11 @@ def test_bytes_are_wrapped_and_unwrapped_and_nothing_else_is_taken() -> None:
 def test_the_parts_of_flower_that_are_replaced_are_there() -> None:
     import flwr.supernode.runtime.run_clientapp as runtime
     import flwr.supernode.start_client_internal as loop
+    from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
 
     from omnifm.engines.flower import _replace
 
     assert {"install_from_fab", "get_load_client_app_fn"} <= vars(runtime).keys() and "time" in vars(loop)
+    assert "launch" in vars(SubprocessExecutor)
     with pytest.raises(FederationError, match=r"this version of Flower .* is not known: types has no no_such_part"):
         _replace(__import__("types"), "no_such_part", SimpleNamespace())
