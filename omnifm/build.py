@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from omnifm import seeds
-from omnifm.config import Config, one_line
+from omnifm.config import CohortConfig, Config, one_line
 from omnifm.data.cache import default_cache_dir
 from omnifm.data.cohort import Cohort
 from omnifm.data.partition import ClientPlan, partition
@@ -122,30 +122,51 @@ def load_data(config: Config, *, check: bool = True) -> Data:
     Raises:
         DataError: a cohort has a problem, is for another task, or cannot be cut as asked.
     """
-    cache = Path(config.data.cache) if config.data.cache else default_cache_dir()
-    reads: frozenset[str] = lookup(TASKS, "task", config.task).reads
     cohorts: dict[str, Cohort] = {}
     plans: list[ClientPlan] = []
     for entry in config.federation.cohorts:
-        cohort = Cohort.read(Path(entry.path), seed=config.seed)
+        cohort = read_cohort(config, Path(entry.path))
         if cohort.name in cohorts:
             raise DataError(f"cohort {cohort.name}: two cohorts of the federation have this name")
-        if cohort.spec.task not in reads:
-            known = " or ".join(sorted(reads))
-            raise DataError(f"cohort {cohort.name}: its task is {cohort.spec.task}; a run of {config.task} reads {known}")
         cohorts[cohort.name] = cohort
-        plans += partition(
-            cohort,
-            clients=entry.clients,
-            kind=entry.partition or config.federation.partition,
-            gamma=config.federation.gamma,
-            min_examples=config.federation.min_examples,
-            column=entry.column,
-            seed=config.seed,
-        )
+        plans += cut(config, entry, cohort)
+    cache = cache_folder(config)
     if check:
         require_vetted(cohorts.values(), cache)
     return Data(cohorts, tuple(plans), cache)
+
+
+def cache_folder(config: Config) -> Path:
+    """Return the folder of decoded images."""
+    return Path(config.data.cache) if config.data.cache else default_cache_dir()
+
+
+def read_cohort(config: Config, folder: Path) -> Cohort:
+    """Read a cohort's text files. Raises DataError if one has a problem, or the run's task cannot train on it."""
+    cohort = Cohort.read(folder, seed=config.seed)
+    require_readable(config, cohort)
+    return cohort
+
+
+def require_readable(config: Config, cohort: Cohort) -> None:
+    """Raise DataError unless the run's task trains on cohorts of this kind."""
+    reads: frozenset[str] = lookup(TASKS, "task", config.task).reads
+    if cohort.spec.task not in reads:
+        known = " or ".join(sorted(reads))
+        raise DataError(f"cohort {cohort.name}: its task is {cohort.spec.task}; a run of {config.task} reads {known}")
+
+
+def cut(config: Config, entry: CohortConfig, cohort: Cohort) -> list[ClientPlan]:
+    """Cut a cohort into clients as its entry in the config says. Raises DataError if it cannot be."""
+    return partition(
+        cohort,
+        clients=entry.clients,
+        kind=entry.partition or config.federation.partition,
+        gamma=config.federation.gamma,
+        min_examples=config.federation.min_examples,
+        column=entry.column,
+        seed=config.seed,
+    )
 
 
 def make_task(config: Config, data: Data) -> Task:
@@ -154,9 +175,16 @@ def make_task(config: Config, data: Data) -> Task:
 
 
 def build_task(data: TaskData) -> Task:
-    """Return the task that `data.config` names, on these data."""
+    """Return the task that `data.config` names, on these data.
+
+    Raises:
+        ConfigError: some data are on other machines and this task needs them all.
+    """
     name = data.config.task
-    task: Task = lookup(TASKS, "task", name)(data, task_options(data.config)[name])
+    found: type[Task] = lookup(TASKS, "task", name)
+    if not found.apart and len(data.local) < len(data.cohorts):
+        raise ConfigError(f"task {name} cannot run across machines yet: it reads the rows of every cohort; use omnifm run")
+    task = found(data, task_options(data.config)[name])
     return task
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from omnifm.errors import ConfigError
 
-_LATER = ("local_steps", "weighting")
+_LATER = ("local_steps", "weighting", "min_replies", "deadline")
 """Keys of `[federation]` that came after results had been published; left at their defaults they change no digest."""
 
 
@@ -54,6 +54,12 @@ class FederationConfig(Section):
     weighting: Literal["examples", "equal"] = Field(
         "examples", description="Weight of a client in every mean: its number of training examples, or the same for all."
     )
+    min_replies: int = Field(
+        0, ge=0, description="Across machines: replies that are enough for a round once `deadline` has passed; 0: all of them."
+    )
+    deadline: Real = Field(
+        0.0, ge=0.0, description="Across machines: seconds after which a round waits for `min_replies` alone; 0: no deadline."
+    )
     partition: Literal["natural", "by_modality", "dirichlet", "iid", "by_column"] = Field(
         "iid", description="How cohorts are cut into clients unless a cohort says otherwise."
     )
@@ -64,6 +70,12 @@ class FederationConfig(Section):
     )
     evaluate_every: int = Field(1, ge=1, description="Rounds between two evaluations on the validation split.")
     finetune_epochs: int = Field(1, ge=0, description="Local epochs before the `finetuned` test score; 0 leaves it out.")
+
+    @model_validator(mode="after")
+    def _deadline_and_quorum_go_together(self) -> "FederationConfig":
+        if (self.min_replies > 0) != (self.deadline > 0):
+            raise ValueError("min_replies and deadline go together: set both, or neither")
+        return self
 
 
 class DataConfig(Section):

@@ -8,18 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from omnifm import build
 from omnifm.config import Config, digest, dump, load
-from omnifm.data.heterogeneity import heterogeneity
+from omnifm.data.heterogeneity import gini, heterogeneity
 from omnifm.data.partition import plans_digest
-from omnifm.engines.inprocess import InProcessEngine
-from omnifm.engines.workers import WorkerEngine
 from omnifm.errors import CheckpointError
 from omnifm.federation.client import Site
 from omnifm.federation.evaluation import Evaluation, Evaluator
-from omnifm.federation.rounds import Federation, run_rounds
+from omnifm.federation.rounds import Engine, Federation, run_rounds
 from omnifm.federation.schedule import draw_schedule
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy
@@ -33,7 +31,23 @@ from omnifm.track.summary import totals
 
 VALIDATION = "validation.json"
 """What a run that sees no test split leaves last."""
+_LAST = ("metrics.json", "report.html")
 _SNAPSHOTS = 10
+
+
+class RunEngine(Engine, Protocol):
+    """An engine that holds something until the run is over."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A federation whose data are not here: what its clients said of themselves, and the engine that reaches them."""
+
+    data: build.Data
+    engine: RunEngine
 
 
 @dataclass
@@ -46,21 +60,30 @@ class _Parts:
     task: Task
     strategy: Strategy
     site: Site
-    engine: InProcessEngine | WorkerEngine
+    engine: RunEngine
     evaluator: Evaluator
     checkpoint: Checkpoint
     recorder: RunRecorder
 
 
-def execute(config: Config, out: Path, *, resume: bool = False, watch: Watcher | None = None) -> dict[str, Any]:
+def execute(
+    config: Config, out: Path, *, resume: bool = False, watch: Watcher | None = None, elsewhere: Elsewhere | None = None
+) -> dict[str, Any]:
     """Run `config` in the folder `out`; return what `metrics.json` holds.
+
+    Args:
+        config: the run.
+        out: its folder.
+        resume: go on with what is there.
+        watch: called with each event.
+        elsewhere: a federation across machines, in place of the cohorts that the config names.
 
     Raises:
         OmnifmError: bad config or data, a folder in use, a damaged checkpoint, a client that fails.
     """
-    if _is_finished(config, out, resume, ("metrics.json", "report.html")):
+    if require_usable(config, out, resume=resume):
         return read_json(out / "metrics.json")
-    metrics = _conduct(config, out, resume, watch, _finish)
+    metrics = _conduct(config, out, resume, watch, elsewhere, _finish)
     write_json(out / "metrics.json", metrics)
     from omnifm.report.html import write_report
 
@@ -76,21 +99,26 @@ def validate(config: Config, out: Path, *, resume: bool = False, watch: Watcher 
     Raises:
         OmnifmError: as `execute`.
     """
-    if _is_finished(config, out, resume, (VALIDATION,)):
+    if require_usable(config, out, resume=resume, last=(VALIDATION,)):
         return read_json(out / VALIDATION)
-    found = _conduct(config, out, resume, watch, _validation)
+    found = _conduct(config, out, resume, watch, None, _validation)
     write_json(out / VALIDATION, found)
     shutil.rmtree(out / "checkpoint")
     return found
 
 
 def _conduct(
-    config: Config, out: Path, resume: bool, watch: Watcher | None, end: Callable[[_Parts], dict[str, Any]]
+    config: Config,
+    out: Path,
+    resume: bool,
+    watch: Watcher | None,
+    elsewhere: Elsewhere | None,
+    end: Callable[[_Parts], dict[str, Any]],
 ) -> dict[str, Any]:
     """Train; return what `end` makes of it."""
     build.strategy_options(config)  # a misspelt option must not wait for the images
     build.task_options(config)
-    parts = _assemble(config, out, build.load_data(config), watch)
+    parts = _assemble(config, out, elsewhere, watch)
     try:
         server = _start(parts, resume)
         _train(parts, *server)
@@ -108,8 +136,8 @@ def _validation(parts: _Parts) -> dict[str, Any]:
     return {**facts, "seconds": parts.recorder.seconds, "commit": environment()["commit"]}
 
 
-def _is_finished(config: Config, out: Path, resume: bool, files: Sequence[str]) -> bool:
-    """Check that `out` may be used, and whether `files`, the last of a run, are there.
+def require_usable(config: Config, out: Path, *, resume: bool, last: Sequence[str] = _LAST) -> bool:
+    """Check that `out` may be used; return whether the run there is finished: the files it leaves `last` are there.
 
     Raises:
         CheckpointError: it holds another run, or one that was not to be resumed.
@@ -125,16 +153,17 @@ def _is_finished(config: Config, out: Path, resume: bool, files: Sequence[str]) 
         raise CheckpointError(f"{out}: already holds a run; continue it with --resume, or name another folder with --out")
     if digest(load(out / "config.toml")) != digest(config):
         raise CheckpointError(f"{out / 'config.toml'}: the run was started with another config; --resume needs the same one")
-    return all((out / name).is_file() for name in files)
+    return all((out / name).is_file() for name in last)
 
 
-def _assemble(config: Config, out: Path, data: build.Data, watch: Watcher | None) -> _Parts:
+def _assemble(config: Config, out: Path, elsewhere: Elsewhere | None, watch: Watcher | None) -> _Parts:
     checkpoint = Checkpoint(out / "checkpoint")
+    data = elsewhere.data if elsewhere else build.load_data(config)
     site = build.make_site(config, checkpoint.clients, data)
     task, strategy = site.task, site.strategy
     _claim(config, out)
     recorder = RunRecorder(out, checkpoint, task.primary, watch)
-    engine = build.make_engine(config, site, checkpoint.clients)
+    engine = elsewhere.engine if elsewhere else build.make_engine(config, site, checkpoint.clients)
     sizes = {p.id: {"train": len(p.train), "val": len(p.val), "test": len(p.test)} for p in data.plans}
     evaluator = Evaluator(task, strategy, engine, sizes, config.federation, config.optimiser, site.has_global(), site.holds)
     return _Parts(config, out, data, task, strategy, site, engine, evaluator, checkpoint, recorder)
@@ -178,10 +207,17 @@ def split_record(config: Config, data: build.Data, task: Task) -> dict[str, Any]
     return {
         "sha256": plans_digest(data.plans),
         "seed": config.seed,
-        "heterogeneity": asdict(heterogeneity(data.cohorts, data.plans, task.row_labels())),
+        "heterogeneity": _measured(data, task),
         "clients": [asdict(plan) for plan in data.plans],
         "simulated": _simulated(data),
     }
+
+
+def _measured(data: build.Data, task: Task) -> dict[str, float | None]:
+    """Return how different the clients are; where their rows are elsewhere, how unequal their sizes are."""
+    if all(cohort.here for cohort in data.cohorts.values()):
+        return asdict(heterogeneity(data.cohorts, data.plans, task.row_labels()))
+    return {"h_mod": None, "h_lab": None, "h_size": gini([len(plan.train) for plan in data.plans]), "h_ls": None}
 
 
 def _simulated(data: build.Data) -> bool:
@@ -226,7 +262,7 @@ def _finish(parts: _Parts) -> dict[str, Any]:
             done = int(record["rounds_completed"])
             best_round = done - 1 if name == "best" else best_round
             tested[name] = parts.evaluator.evaluate(server, done, "test", finetune=True)
-            if name == "last":
+            if name == "last" and all(cohort.here for cohort in parts.data.cohorts.values()):
                 save_examples(parts.out / "examples", parts.site, parts.strategy, server, done)
     config = parts.config
     return {

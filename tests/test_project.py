@@ -275,6 +275,8 @@ def test_the_command_starts_without_torch_and_is_callable() -> None:
 def test_importing_everything_touches_no_network_and_warns_of_nothing() -> None:
     files = [path.relative_to(ROOT).with_suffix("") for path in sources("omnifm") if path.stem != "__main__"]
     modules = [".".join(path.parts).removesuffix(".__init__") for path in files]
+    if importlib.util.find_spec("flwr") is None:
+        modules.remove("omnifm.engines.flower")
     assert modules
     done = run_python(f"{BLOCK_NETWORK}\nimport importlib\nfor name in {modules!r}: importlib.import_module(name)")
     assert done.returncode == 0, done.stderr
@@ -283,3 +285,8 @@ def test_importing_everything_touches_no_network_and_warns_of_nothing() -> None:
 def test_the_network_block_blocks() -> None:
     done = run_python(f"{BLOCK_NETWORK}\nimport socket\nsocket.create_connection(('127.0.0.1', 9), timeout=1)")
     assert "network call while importing" in done.stderr
+
+
+def test_flower_is_imported_in_one_file() -> None:
+    pattern = re.compile(r"^\s*(import|from) flwr\b", re.MULTILINE)
+    assert [p.name for p in sources("omnifm") if pattern.search(p.read_text(encoding="utf-8"))] == ["flower.py"]

@@ -32,6 +32,7 @@ def _register() -> None:
     import omnifm.cli.layouts  # noqa: F401  # its commands register themselves
     from omnifm.cli.compare import compare
     from omnifm.cli.data import app as data_app
+    from omnifm.cli.deploy import certs, doctor, join, serve, status
     from omnifm.cli.listing import list_
     from omnifm.cli.predict import predict
     from omnifm.cli.report import report
@@ -44,6 +45,11 @@ def _register() -> None:
     app.command()(report)
     app.command()(predict)
     app.command("list")(list_)
+    app.command()(certs)
+    app.command()(serve)
+    app.command()(join)
+    app.command()(status)
+    app.command()(doctor)
     app.add_typer(data_app, name="data")
 
 

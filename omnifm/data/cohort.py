@@ -93,11 +93,15 @@ class Scan:
 
 @dataclass(frozen=True)
 class Cohort:
-    """A cohort whose text files are sound: modality filled in, every row in a split. Image files are not opened here."""
+    """A cohort whose text files are sound: modality filled in, every row in a split. Image files are not opened here.
+
+    One that is at another hospital has a spec and nothing else: no folder, no rows, and `here` is False.
+    """
 
     folder: Path
     spec: CohortSpec
     rows: tuple[Row, ...]
+    here: bool = True
 
     @classmethod
     def read(cls, folder: Path | str, seed: int = 0) -> "Cohort":
@@ -121,6 +125,11 @@ class Cohort:
         default = found.spec.modality or ""
         filled = (replace(r, split=s, modality=r.modality or default) for r, s in zip(rows, splits, strict=True))
         return cls(folder, found.spec, tuple(filled))
+
+    @classmethod
+    def elsewhere(cls, spec: CohortSpec) -> "Cohort":
+        """Return the cohort of another hospital, of which the spec is known."""
+        return cls(Path(), spec, (), here=False)
 
     @property
     def name(self) -> str:

@@ -23,7 +23,13 @@ class Engine(Protocol):
     """How messages travel."""
 
     def exchange(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        """Send requests; yield the replies in request order. Raises FederationError naming a client that does not answer."""
+        """Send requests; yield the replies in request order.
+
+        Where `federation.min_replies` allows it, replies that are late may be left out.
+
+        Raises:
+            FederationError: a client does not answer; names it.
+        """
 
 
 class Recorder(Protocol):
@@ -108,14 +114,16 @@ def _round(federation: Federation, server: ServerState, index: int, recorder: Re
         aggregating += time.perf_counter() - mark
         losses[reply.client] = (reply.metrics["loss"], reply.num_examples)
         recorder.event(_client_event(reply, index, down.pop(reply.client)))
-    if down:
+    if down and not federation.config.min_replies:
         raise FederationError(f"round {index}: no reply from client {min(down)}")
     if not losses:
         raise FederationError(f"round {index}: no client's reply is finite")
     mark = time.perf_counter()
     facts = strategy.end_round(server, index)
+    if down:
+        facts["missing"] = sorted(down)
     if strategy.tolerates_nonfinite:
-        facts["discarded"] = len(sampled) - len(losses)
+        facts["discarded"] = len(sampled) - len(losses) - len(down)
     aggregating += time.perf_counter() - mark
     total = sum(count for _, count in losses.values())
     seconds = {"train": time.perf_counter() - started - aggregating, "aggregate": aggregating}

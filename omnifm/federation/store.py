@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omnifm.errors import CheckpointError, FederationError
 
-_CLIENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+CLIENT_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -54,7 +54,7 @@ class ClientStore:
         self._folder = folder
 
     def _client_folder(self, client: str) -> Path:
-        if not _CLIENT.fullmatch(client):
+        if not CLIENT_ID.fullmatch(client):
             raise FederationError(f"client {client!r}: an id has letters, digits, '_', '-' and '.' only")
         return self._folder / client
 

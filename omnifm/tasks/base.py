@@ -273,6 +273,11 @@ class TaskData:
     cache: Path
     make_task: Callable[["TaskData"], "Task"] = _no_tasks_inside
 
+    @property
+    def local(self) -> dict[str, Cohort]:
+        """The cohorts whose images are here, by name. Across machines the others are known by their spec alone."""
+        return {name: cohort for name, cohort in self.cohorts.items() if cohort.here}
+
 
 class Task(ABC):
     """Everything that depends on the task. The federation sees this class alone."""
@@ -280,6 +285,8 @@ class Task(ABC):
     name: ClassVar[str]
     reads: ClassVar[frozenset[str]]
     """Kinds of cohort (`task` in cohort.toml) that it can train on."""
+    apart: ClassVar[bool] = False
+    """Whether it can be built where only `TaskData.local` has rows: then it reads the spec of the other cohorts and no more."""
     Options: ClassVar[type[TaskOptions]] = TaskOptions
     primary: str
     """The metric that model choice and tables go by; larger is better."""

@@ -111,19 +111,21 @@ class Classification(Task):
 
     name: ClassVar[str] = "classification"
     reads: ClassVar[frozenset[str]] = frozenset({"classification"})
+    apart: ClassVar[bool] = True
     primary = "accuracy"
 
     def __init__(self, data: TaskData, options: TaskOptions) -> None:
         super().__init__(data, options)
         config, cohorts = data.config, data.cohorts
         self._config = config
-        self._images = {n: load_images(c, config.data.image_size, config.data.channels, data.cache) for n, c in cohorts.items()}
+        size, channels = config.data.image_size, config.data.channels
+        self._images = {n: load_images(c, size, channels, data.cache) for n, c in data.local.items()}
         self._plans = {plan.id: plan for plan in data.plans}
         self.classes, table = label_union(cohorts, config.federation.label_space)
         self.label_count = len(self.classes)
         self.one_label_space = len({tuple(sorted(numbers.values())) for numbers in table.values()}) == 1
         self._labels = {
-            name: np.array([table[name][row.label] for row in cohort.rows], dtype=np.int64) for name, cohort in cohorts.items()
+            name: np.array([table[name][row.label] for row in cohort.rows], dtype=np.int64) for name, cohort in data.local.items()
         }
 
     def client_data(self, client: str) -> ClientData:

@@ -172,6 +172,7 @@ class Fusion(Task):
 
     name: ClassVar[str] = "fusion"
     reads: ClassVar[frozenset[str]] = frozenset({"fusion"})
+    apart: ClassVar[bool] = True
     Options: ClassVar[type[TaskOptions]] = FusionOptions
     options: FusionOptions
     primary = "vif"
@@ -190,7 +191,7 @@ class Fusion(Task):
             )
         self._patch = min(options.patch, self._size)
         self._plans = {plan.id: plan for plan in data.plans}
-        self._pairs = {name: load_pairs(cohort, self._size, data.cache) for name, cohort in data.cohorts.items()}
+        self._pairs = {name: load_pairs(cohort, self._size, data.cache) for name, cohort in data.local.items()}
         self._kinds = sorted(data.cohorts)
         self._loss, self.notes = make_loss(options)
         for note in self.notes:

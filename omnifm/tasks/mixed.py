@@ -190,6 +190,7 @@ class Mixed(Task):
 
     name: ClassVar[str] = "mixed"
     reads: ClassVar[frozenset[str]] = frozenset({"classification", "segmentation", "super_resolution", "vqa", "fusion"})
+    apart: ClassVar[bool] = True
     Options: ClassVar[type[TaskOptions]] = MixedOptions
     options: MixedOptions
     primary = "score"

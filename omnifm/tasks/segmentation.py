@@ -167,6 +167,7 @@ class Segmentation(Task):
 
     name: ClassVar[str] = "segmentation"
     reads: ClassVar[frozenset[str]] = frozenset({"segmentation"})
+    apart: ClassVar[bool] = True
     Options: ClassVar[type[TaskOptions]] = SegmentationOptions
     options: SegmentationOptions
     primary = "dice"
@@ -184,8 +185,8 @@ class Segmentation(Task):
         self._structures = self._scored_structures()
         names = (*self._structures, "")
         self.lower_is_better = frozenset({"hd95", "missed", *(f"hd95/{name}" for name in names)})
-        self._images = {n: load_images(c, size, config.data.channels, data.cache) for n, c in data.cohorts.items()}
-        self._masks = {n: load_masks(c, size, data.cache) for n, c in data.cohorts.items()}
+        self._images = {n: load_images(c, size, config.data.channels, data.cache) for n, c in data.local.items()}
+        self._masks = {n: load_masks(c, size, data.cache) for n, c in data.local.items()}
 
     def _scored_structures(self) -> Structures:
         if self.options.regions != "brats":

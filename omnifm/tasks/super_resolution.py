@@ -165,6 +165,7 @@ class SuperResolution(Task):
 
     name: ClassVar[str] = "super_resolution"
     reads: ClassVar[frozenset[str]] = frozenset({"super_resolution", "classification"})
+    apart: ClassVar[bool] = True
     Options: ClassVar[type[TaskOptions]] = SuperResolutionOptions
     options: SuperResolutionOptions
     primary = "psnr"
@@ -178,10 +179,14 @@ class SuperResolution(Task):
         self._plans = {plan.id: plan for plan in data.plans}
         self._scale_of = scales_of(data.plans, options)
         self.scales = tuple(sorted({*self._scale_of.values()} or {options.scale}))
-        self._images = {n: load_native(cohort, data.config.data.channels, data.cache) for n, cohort in data.cohorts.items()}
+        self._images = {n: load_native(cohort, data.config.data.channels, data.cache) for n, cohort in data.local.items()}
         for name, images in self._images.items():
             if min(images.size) < (least := SSIM_LEAST_SIDE + 3 * self.scales[-1]):
                 raise DataError(f"cohort {name}: images of {images.size[0]} x {images.size[1]} are too small, {least} are needed")
+        if options.view is None and len(data.local) < len(data.cohorts):
+            raise ConfigError(
+                "tasks.super_resolution.view: set it; across machines nobody knows the smallest side of all cohorts"
+            )
         sides = [min(images.size) for images in self._images.values()]
         self._view = options.view or min(sides, default=options.patch)
         low = "low-resolution pictures are antialiased bicubic reductions (a = -1/2, MATLAB's imresize), rounded to 8 bits"

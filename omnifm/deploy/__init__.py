@@ -1,0 +1,1 @@
+"""A federation across machines: the server without data, the hospitals with theirs."""

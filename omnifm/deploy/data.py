@@ -1,0 +1,97 @@
+"""Which data whom: a hospital's own cohort and what it knows of the others; the server's none."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omnifm import build
+from omnifm.config import CohortConfig, Config
+from omnifm.data.cohort import Cohort
+from omnifm.data.partition import ClientPlan
+from omnifm.data.vetted import require_vetted
+from omnifm.errors import ConfigError, DataError
+from omnifm.federation.introduction import Introduction, in_order, introduce
+
+
+@dataclass(frozen=True)
+class Own:
+    """The client whose data are here."""
+
+    cohort: Cohort
+    plan: ClientPlan
+    introduction: Introduction
+
+
+def public(config: Config) -> Config:
+    """Return the config as it travels: no path of the server's machine is in it.
+
+    Raises:
+        ConfigError: the run needs what no hospital has: all data in one place, or a file of weights.
+    """
+    strategy, _ = build.strategy_options(config)
+    build.task_options(config)
+    if strategy.pooled:
+        raise ConfigError(f"strategy {config.strategy}: pools all data in one place; across machines nobody may")
+    if config.model.weights not in ("", "imagenet"):
+        raise ConfigError("model.weights: a file of weights does not travel; across machines use '' or 'imagenet'")
+    entries = tuple(entry.model_copy(update={"path": _name(entry)}) for entry in config.federation.cohorts)
+    if len({entry.path for entry in entries}) < len(entries):
+        raise ConfigError("federation.cohorts: across machines a cohort is known by its folder's name, and two have the same")
+    return config.model_copy(
+        update={
+            "federation": config.federation.model_copy(update={"cohorts": entries}),
+            "data": config.data.model_copy(update={"cache": ""}),
+            "engine": config.engine.model_copy(update={"workers": 1}),
+        }
+    )
+
+
+def _name(entry: CohortConfig) -> str:
+    return Path(entry.path).name
+
+
+def own_client(config: Config, folder: Path, client: str) -> Own:
+    """Read a hospital's cohort, cut it as the config says, and return the part that is this client's.
+
+    Args:
+        config: the server's.
+        folder: of the cohort, on this machine.
+        client: id of the client; where the cohort is one client's, NAME-0 by the cohort's name.
+
+    Raises:
+        DataError: the cohort has a problem, is not in the config, or has no such client.
+    """
+    cohort = build.read_cohort(config, folder)
+    entry = next((e for e in config.federation.cohorts if _name(e) == cohort.name), None)
+    if entry is None:
+        known = ", ".join(_name(e) for e in config.federation.cohorts)
+        raise DataError(f"cohort {cohort.name}: not in the server's config, whose cohorts are {known}")
+    plans = build.cut(config, entry, cohort)
+    place = next((k for k, plan in enumerate(plans) if plan.id == client), None)
+    if place is None:
+        known = ", ".join(plan.id for plan in plans)
+        raise DataError(f"client {client}: cohort {cohort.name} has no such client; it is cut into {known}")
+    require_vetted([cohort], build.cache_folder(config))
+    return Own(cohort, plans[place], introduce(cohort, plans[place], place))
+
+
+def data_apart(config: Config, introductions: Sequence[Introduction], own: Own | None = None) -> build.Data:
+    """Return the federation's data as far as they are here: one client's at a hospital, none at the server.
+
+    The clients are in the order of a run in one process, so the context, the label space and the initial weights are its too.
+
+    Raises:
+        FederationError: the introductions contradict each other or the config.
+        DataError: a cohort is for another task.
+    """
+    ordered = in_order(introductions, [_name(entry) for entry in config.federation.cohorts])
+    cohorts = {one.spec.name: Cohort.elsewhere(one.spec) for one in ordered}
+    for cohort in cohorts.values():
+        build.require_readable(config, cohort)
+    plans = [one.plan for one in ordered]
+    if own is not None:
+        if own.introduction not in ordered:
+            raise DataError(f"client {own.plan.id}: the server's list of clients does not have it as it is")
+        cohorts[own.cohort.name] = own.cohort
+        plans = [own.plan if plan.id == own.plan.id else plan for plan in plans]
+    return build.Data(cohorts, tuple(plans), build.cache_folder(config))

@@ -1,0 +1,97 @@
+"""What answers the server's calls where one client's data are."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omnifm import build
+from omnifm.config import Config, parse
+from omnifm.deploy.data import Own, data_apart, own_client, public
+from omnifm.engines.calls import Call, pack, unpack
+from omnifm.errors import FederationError, OmnifmError
+from omnifm.federation.client import Site
+from omnifm.federation.introduction import read_introduction
+from omnifm.federation.messages import Request, decode, encode
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Open:
+    """The site in use, and what it was built for."""
+
+    header: Mapping[str, Any]
+    site: Site
+
+
+class Hospital:
+    """Answers packed calls for one client. Its data, model and private state stay between calls.
+
+    Args:
+        cohort: the client's data.
+        client: its id.
+        store: folder of private state, on this machine's disk.
+        cache: folder of decoded images; empty: the user's cache folder.
+    """
+
+    def __init__(self, cohort: Path, client: str, store: Path, cache: str = "") -> None:
+        self._cohort, self._client, self._store, self._cache = cohort, client, store, cache
+        self._open: _Open | None = None
+
+    def answer(self, blob: bytes) -> bytes:
+        """Answer one packed call with another; whatever goes wrong is an answer too."""
+        try:
+            call = unpack(blob)
+            answers = {"introduce": self._introduce, "answer": self._reply}
+            if call.kind not in answers:
+                raise FederationError(f"the server asks for {call.kind!r}, which this version does not know")
+            return pack(answers[call.kind](call))
+        except OmnifmError as error:
+            log.warning("%s", error)
+            return pack(Call("mistake", {"message": str(error)}))
+        except Exception as error:  # the server is told in one line; the traceback stays here
+            log.exception("client %s: failed", self._client)
+            return pack(Call("crash", {"message": f"{type(error).__name__}: {error}"}))
+
+    def _introduce(self, call: Call) -> Call:
+        own = self._own(self._config(call.header))
+        return Call("introduction", own.introduction.model_dump(mode="json"))
+
+    def _reply(self, call: Call) -> Call:
+        request = decode(call.body)
+        if not isinstance(request, Request):
+            raise FederationError(f"client {self._client}: the server sent a reply")
+        if request.client != self._client:
+            raise FederationError(f"client {self._client}: was asked in the name of client {request.client}")
+        started = time.perf_counter()
+        reply = encode(self._site(call.header).handle(request))
+        log.info("%s, round %d: answered in %.1f s", request.kind, request.round, time.perf_counter() - started)
+        return Call("reply", {}, reply)
+
+    def _config(self, header: Mapping[str, Any]) -> Config:
+        """Return the server's config with this machine's folders. Raises ConfigError if it is none, or pools data."""
+        config = public(parse(header.get("config", {})))
+        return config.model_copy(update={"data": config.data.model_copy(update={"cache": self._cache})})
+
+    def _own(self, config: Config) -> Own:
+        return own_client(config, self._cohort, self._client)
+
+    def _site(self, header: Mapping[str, Any]) -> Site:
+        """Return the site for this federation; the one in use, unless the federation is another one."""
+        if self._open is None or self._open.header != header:
+            self._open = None  # the old model's memory is free before the new one is built
+            config = self._config(header)
+            data = data_apart(config, _introductions(header), self._own(config))
+            self._open = _Open(header, build.make_site(config, self._store, data))
+        return self._open.site
+
+
+def _introductions(header: Mapping[str, Any]) -> list[Any]:
+    found = header.get("introductions")
+    if not isinstance(found, list):
+        raise FederationError("the server's call lacks the introductions")
+    return [read_introduction(json.dumps(one)) for one in found]

@@ -1,0 +1,126 @@
+"""`omnifm join`: a worker that keeps data and model loaded, and a SuperNode that is started again whenever it ends."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omnifm.deploy.app import node_command, write_programs
+from omnifm.deploy.certs import Folder, require_cryptography
+from omnifm.deploy.hospital import Hospital
+from omnifm.deploy.processes import Child, environment, free_port, last_words, require_flower, require_loopback
+from omnifm.engines.loopback import PLACE, Listener
+from omnifm.errors import CheckpointError, ConfigError
+from omnifm.federation.store import CLIENT_ID
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.5
+_PAUSES = (1.0, 2.0, 5.0, 10.0)
+"""Seconds before a SuperNode is started again, the last one for ever after. One that was killed is let in after a minute."""
+_STEADY_SECONDS = 120.0
+
+
+@dataclass
+class Member:
+    """One hospital's side.
+
+    Attributes:
+        server: HOST:PORT of the SuperLink.
+        cohort: folder of the data.
+        client: id.
+        certs: folder with ca.crt and nodes/ID.key; None: on this machine alone.
+        state: folder of private state and of Flower's files; nothing else is written.
+        cache: folder of decoded images; empty: the user's.
+        say: called with a line for people now and then.
+    """
+
+    server: str
+    cohort: Path
+    client: str
+    certs: Path | None
+    state: Path
+    cache: str = ""
+    say: Callable[[str], None] = log.info
+    _node: Child | None = field(default=None, init=False)
+    _failures: int = field(default=0, init=False)
+    _started: float = field(default=0.0, init=False)
+
+    @property
+    def log(self) -> Path:
+        """What the SuperNode says."""
+        return self.state / "supernode.log"
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Answer the server until `stop` says so, or for ever."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        hospital = Hospital(self.cohort, self.client, self.state / "private", self.cache)
+        listener = Listener(hospital.answer, self.state / "worker.json")
+        try:
+            self._start()
+            while not stop():
+                time.sleep(_LOOK_SECONDS)
+                self._look_after(stop)
+        finally:
+            if self._node is not None:
+                self._node.stop()
+            listener.close()
+
+    def _start(self) -> None:
+        # The port is for this machine's own programs; whoever takes it in between makes the node fail, and it is started again.
+        command = [*node_command(), "--superlink", self.server, "--host", "127.0.0.1", "--port", str(free_port())]
+        if self.certs:
+            files = Folder(self.certs)
+            command += ["--root-certificates", str(files.authority)]
+            command += ["--auth-supernode-private-key", str(files.node_key(self.client))]
+        else:
+            command += ["--insecure"]
+        env = environment(self.state / "flower", **{PLACE: str(self.state / "worker.json")})
+        env["PATH"] = f"{write_programs(self.state / 'programs')}{os.pathsep}{env['PATH']}"
+        self._node = Child(command, env, self.log)
+        self._started = time.monotonic()
+
+    def _look_after(self, stop: Callable[[], bool]) -> None:
+        """Start the SuperNode again if it has ended."""
+        assert self._node is not None
+        if self._node.alive():
+            return
+        self._node.stop()
+        self._failures = 0 if time.monotonic() - self._started > _STEADY_SECONDS else self._failures + 1
+        pause = _PAUSES[min(self._failures, len(_PAUSES) - 1)]
+        self.say(f"the SuperNode ended ({last_words(self.log)}); trying again in {pause:.0f} s")
+        end = time.monotonic() + pause
+        while time.monotonic() < end and not stop():
+            time.sleep(_LOOK_SECONDS)
+        self._start()
+
+
+def make_member(server: str, cohort: Path, client: str, certs: Path | None, state: Path) -> Member:
+    """Check everything that can be checked before a program is started.
+
+    Raises:
+        OmnifmError: the first thing that is wrong.
+    """
+    from omnifm.data.cohort import Cohort
+
+    require_flower()
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--server {server}: expected HOST:PORT")
+    if not CLIENT_ID.fullmatch(client):
+        raise ConfigError(f"--client {client!r}: an id has letters, digits, '_', '-' and '.' only")
+    if certs is None:
+        require_loopback(host, "--server")
+    else:
+        require_cryptography()
+        files = Folder(certs)
+        if missing := [path for path in (files.authority, files.node_key(client)) if not path.is_file()]:
+            raise ConfigError(f"{missing[0]}: missing; the server's side has ca.crt, and omnifm certs --client makes keys")
+        if files.node_key(client).stat().st_mode & 0o077:
+            raise ConfigError(f"{files.node_key(client)}: others can read it; chmod 600 it")
+    Cohort.read(cohort)  # what is wrong with it shows now, not when the server asks
+    if state.exists() and not state.is_dir():
+        raise CheckpointError(f"{state}: is a file, not a folder")
+    return Member(server, cohort.resolve(), client, certs.resolve() if certs else None, state.resolve())

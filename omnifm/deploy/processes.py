@@ -1,0 +1,112 @@
+"""Programs of Flower that `serve` and `join` start: their environment, their logs, and that they end."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from omnifm.errors import CheckpointError, ConfigError
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "DO_NOT_TRACK": "1",
+}
+"""Libraries below us that would phone home, switched off."""
+_POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_END_SECONDS = 15
+
+
+def require_flower() -> None:
+    """Raise ConfigError unless Flower is installed."""
+    if find_spec("flwr") is None:
+        raise ConfigError("across machines needs the extra flower: pip install 'omnifm[flower]'")
+
+
+def require_loopback(host: str, option: str) -> None:
+    """Raise ConfigError unless `host` is this machine: without certificates nothing leaves it."""
+    if host not in _LOOPBACK:
+        raise ConfigError(f"{option} {host}: without --certs only 127.0.0.1 works; make certificates with omnifm certs")
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """Return the environment of Flower's programs: its own folder, our programs first, everything quiet."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, **_POLL, **QUIET, "FLWR_HOME": str(home), "PATH": path, **more}
+
+
+def program(name: str) -> str:
+    """Return the path of a program of Flower's that lies beside this Python."""
+    return str(Path(sys.executable).parent / name)
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody uses now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def is_open(host: str, port: int) -> bool:
+    """Whether somebody listens there."""
+    try:
+        with socket.create_connection((host, port), timeout=1.0):
+            return True
+    except OSError:
+        return False
+
+
+class Child:
+    """A program on a leash: it and all that it started end with this object's `stop`, or with this process, however that ends."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("ab") as file:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "omnifm.deploy.leash", *command],
+                    env=dict(env),
+                    stdin=subprocess.PIPE,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    process_group=0,
+                )
+        except OSError as error:
+            raise CheckpointError(f"{log}: {command[0]} cannot be started ({error.strerror})") from None
+
+    @property
+    def pid(self) -> int:
+        """Number of the leash's process, which leads the group."""
+        return self._process.pid
+
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """End it and wait for the end."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, 9)
+            self._process.wait()
+
+
+def last_words(log: Path, count: int = 1) -> str:
+    """Return the last lines of a log that are not empty, as one line."""
+    try:
+        found = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return " ".join([line.strip() for line in found if line.strip()][-count:])

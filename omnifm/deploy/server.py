@@ -1,0 +1,119 @@
+"""The server's program, which Flower's ServerApp runs. Without data, it waits for the hospitals and runs the one round loop."""
+
+import fcntl
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from omnifm import run
+from omnifm.config import dump, load, one_line
+from omnifm.deploy.board import Board
+from omnifm.deploy.certs import Folder, public_bytes
+from omnifm.deploy.data import data_apart
+from omnifm.deploy.roster import Roster
+from omnifm.engines.parcels import Carrier
+from omnifm.engines.remote import Patience, RemoteEngine
+from omnifm.errors import CheckpointError, OmnifmError
+from omnifm.track.folder import write_json
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.toml"
+JOB = "OMNIFM_SERVER"
+"""Environment variable with the file that says what to serve."""
+
+
+class Job(BaseModel):
+    """What `serve` tells the server's program.
+
+    Attributes:
+        out: the run folder; its config.toml says what to run.
+        clients: ids of those that are expected.
+        certs: folder with their public keys; empty on one machine without keys.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    out: Path
+    clients: tuple[str, ...]
+    certs: Path | None
+
+    @property
+    def outcome(self) -> Path:
+        """The file that says how it ended."""
+        return self.out / "flower" / "outcome.json"
+
+    @property
+    def lock(self) -> Path:
+        """The file that is locked while the program runs."""
+        return self.out / "flower" / "server.lock"
+
+
+def read_job(path: Path) -> Job:
+    """Read a job. Raises CheckpointError if it is none."""
+    try:
+        return Job.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {one_line(error)}") from None
+
+
+def main(carrier: Carrier) -> None:
+    """Serve the job that the environment names; leave an outcome in its folder."""
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    job = read_job(Path(os.environ[JOB]))
+    with locked(job.lock):
+        try:
+            serve_job(job, carrier)
+            write_json(job.outcome, {"ok": True, "message": ""})
+        except OmnifmError as error:
+            write_json(job.outcome, {"ok": False, "message": " ".join(str(error).split())})
+        except Exception as error:
+            log.exception("the server's program failed")
+            write_json(job.outcome, {"ok": False, "message": f"the server's program failed ({type(error).__name__}: {error})"})
+            raise
+
+
+def serve_job(job: Job, carrier: Carrier) -> None:
+    """Wait for the hospitals, train, evaluate; go on with what is in the run folder."""
+    config = load(job.out / CONFIG)
+    board = Board(job.out, list(job.clients))
+    board.write()
+    keys = {client: public_bytes(Folder(job.certs).node_public(client)) if job.certs else b"" for client in job.clients}
+    roster = Roster(carrier, keys, dump(config), board.heard)
+    introductions = roster.gather()
+    header = {"config": dump(config), "introductions": [one.model_dump(mode="json") for one in introductions]}
+    patience = Patience(config.federation.min_replies, config.federation.deadline)
+    engine = RemoteEngine(carrier, job.clients, roster.find, header, patience, board.accounts)
+    board.state("training")
+    data = data_apart(config, introductions)
+    run.execute(config, job.out, resume=True, watch=board.event, elsewhere=run.Elsewhere(data, engine))
+    board.state("finished")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process, however that ends. Raises CheckpointError if another one holds it."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(f"{path}: another server works in this folder") from None
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock."""
+    if not path.is_file():
+        return False
+    try:
+        with locked(path):
+            return False
+    except CheckpointError:
+        return True

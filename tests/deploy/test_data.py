@@ -1,0 +1,176 @@
+"""Across machines nobody has all cohorts, and yet everybody builds the federation of the run in one process."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from omnifm import build
+from omnifm.config import Config, digest, parse
+from omnifm.deploy.data import Own, data_apart, own_client, public
+from omnifm.errors import ConfigError, DataError, FederationError
+from omnifm.federation.client import Site
+from omnifm.federation.introduction import Introduction, read_introduction
+from tests.run import jobs
+from tests.support import differing
+from tests.tasks.atlas import COHORTS, make_cohorts
+
+
+@dataclass(frozen=True)
+class Apart:
+    """One federation twice: in one process, and as its hospitals know it."""
+
+    config: Config
+    whole: build.Data
+    owns: list[Own]
+
+    @property
+    def introductions(self) -> list[Introduction]:
+        return [own.introduction for own in self.owns]
+
+
+def take_apart(config: Config) -> Apart:
+    whole = build.load_data(config)
+    folders = {name: cohort.folder for name, cohort in whole.cohorts.items()}
+    return Apart(public(config), whole, [own_client(public(config), folders[p.cohort], p.id) for p in whole.plans])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return jobs.data_folder(tmp_path_factory.getbasetemp())
+
+
+def require_same(one: Site, other: Site) -> None:
+    assert one.strategy.context == other.strategy.context
+    assert differing(one.initial_shared(), other.initial_shared()) == []
+    assert differing(one.model.state_dict(), other.model.state_dict()) == []
+    assert (one.task.one_label_space, one.task.label_count) == (other.task.one_label_space, other.task.label_count)
+
+
+def require_parity(config: Config, tmp_path: Path) -> None:
+    apart = take_apart(config)
+    site = build.make_site(config, tmp_path, apart.whole)
+    heard = apart.introductions[::-1]  # they come in any order
+    require_same(site, build.make_site(apart.config, tmp_path, data_apart(apart.config, heard)))
+    for own in apart.owns:
+        hospital = build.make_site(apart.config, tmp_path, data_apart(apart.config, heard, own))
+        require_same(site, hospital)
+        for split in ("train", "val", "test"):
+            mine, theirs = (s.task.client_data(own.plan.id).split(split) for s in (hospital, site))
+            index = torch.arange(len(theirs))
+            assert len(mine) == len(theirs)
+            assert torch.equal(mine.batch(index).image, theirs.batch(index).image)
+            assert torch.equal(mine.batch(index).target, theirs.batch(index).target)
+
+
+@pytest.mark.parametrize("strategy", ["omnifm", "fedavg"])
+@pytest.mark.parametrize("label_space", ["name", "cohort"])
+def test_server_and_hospitals_build_what_one_process_builds(data: Path, tmp_path: Path, strategy: str, label_space: str) -> None:
+    require_parity(jobs.config(data, strategy, federation={"label_space": label_space}), tmp_path)
+
+
+def test_so_do_the_other_tasks_that_can_and_a_mixture_of_them(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    atlas = make_cohorts(tmp_path_factory)
+    cohorts = [{"path": str(atlas / name)} for name in COHORTS if "vqa" not in name]
+    raw = jobs.raw_config(atlas, "omnifm", task="mixed", federation={"cohorts": cohorts})
+    require_parity(
+        parse(
+            raw
+            | {
+                "data": {"image_size": 48, "cache": str(atlas / "cache")},
+                "tasks": {"mixed": {"token_dim": 16}, "super_resolution": {"view": 32}},
+            }
+        ),
+        tmp_path,
+    )
+
+
+def test_super_resolution_has_to_be_told_the_side_of_its_squares(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    atlas = make_cohorts(tmp_path_factory)
+    raw = jobs.raw_config(
+        atlas, "fedavg", task="super_resolution", federation={"cohorts": [{"path": str(atlas / "atlas_sr_t1")}]}
+    )
+    with pytest.raises(ConfigError, match=r"tasks\.super_resolution\.view: set it; across machines"):
+        apart = take_apart(parse(raw))
+        build.make_site(apart.config, tmp_path, data_apart(apart.config, apart.introductions))
+
+
+def test_an_introduction_says_nothing_of_rows_or_in_free_text(data: Path) -> None:
+    apart = take_apart(jobs.config(data))
+    for own in apart.owns:
+        text = own.introduction.model_dump_json()
+        assert "Stripes" not in text and str(data) not in text  # the title, a path
+        assert not any(f'"{row.id}"' in text or row.image in text for row in own.cohort.rows)
+        assert read_introduction(text) == own.introduction
+
+
+def test_free_text_that_comes_all_the_same_is_dropped(data: Path) -> None:
+    own = take_apart(jobs.config(data)).owns[0]
+    spec = own.introduction.spec.model_copy(update={"notes": "Mrs Jane Roe", "title": "Jane"})
+    assert read_introduction(own.introduction.model_copy(update={"spec": spec}).model_dump_json()) == own.introduction
+
+
+def test_the_config_that_travels_names_no_path_and_is_the_same_run(data: Path) -> None:
+    config = jobs.config(data)
+    travels = public(config)
+    assert str(data) not in travels.model_dump_json()
+    assert digest(travels) == digest(config)
+    assert parse(travels.model_dump(mode="json", exclude_none=True)) == travels
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"strategy": "centralised"}, "strategy centralised: pools all data"),
+        ({"model": {"weights": "trunk.safetensors"}}, "model.weights: a file of weights does not travel"),
+        ({"federation": {"cohorts": [{"path": "a/x"}, {"path": "b/x"}]}}, "two have the same"),
+    ],
+)
+def test_what_cannot_run_across_machines_is_said_at_once(data: Path, change: dict[str, object], line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        public(jobs.config(data, **{"strategy": "fedavg"} | change))
+
+
+def test_a_task_that_reads_all_rows_says_so(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from omnifm.tasks.classification import Classification
+
+    apart = take_apart(jobs.config(data))
+    monkeypatch.setattr(Classification, "apart", False)
+    with pytest.raises(ConfigError, match="task classification cannot run across machines yet"):
+        build.make_site(apart.config, tmp_path, data_apart(apart.config, apart.introductions))
+
+
+def test_strangers_are_named(data: Path) -> None:
+    config = public(jobs.config(data))
+    with pytest.raises(DataError, match="client scan-7: cohort scan has no such client; it is cut into scan-0, scan-1"):
+        own_client(config, data / "scan", "scan-7")
+    lonely = public(jobs.config(data, federation={"cohorts": [{"path": "echo"}]}))
+    with pytest.raises(DataError, match="cohort scan: not in the server's config, whose cohorts are echo"):
+        own_client(lonely, data / "scan", "scan-0")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"client": "echo-9", "place": 1}, "both are number 1 of echo"),
+        ({"place": 5}, "the same id"),
+        ({"client": "x", "place": 5, "classes": ("a", "c")}, "describe cohort echo differently"),
+        ({"client": "x", "name": "attic"}, "client x: cohort attic is not one of this federation's"),
+    ],
+)
+def test_introductions_that_contradict_each_other_are_refused(data: Path, change: dict[str, object], line: str) -> None:
+    apart = take_apart(jobs.config(data))
+    one = next(i for i in apart.introductions if i.client == "echo-1")
+    spec = one.spec.model_copy(update={k: v for k, v in change.items() if k in ("classes", "name")})
+    other = one.model_copy(update={**{k: v for k, v in change.items() if k in ("client", "place")}, "spec": spec})
+    with pytest.raises(FederationError, match=line):
+        data_apart(apart.config, [*apart.introductions, other])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"client": "../x"}', "\x00"])
+def test_what_is_no_introduction_is_one_line(text: str) -> None:
+    with pytest.raises(FederationError, match=r"^an introduction cannot be read: [^\n]+$"):
+        read_introduction(text)
