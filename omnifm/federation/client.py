@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -119,7 +119,7 @@ class Site:
         started = time.perf_counter()
         answer = {"describe": self._describe, "train": self._train, "evaluate": self._evaluate}[request.kind]
         reply = answer(request)
-        return Reply(**{**vars(reply), "seconds": time.perf_counter() - started})
+        return replace(reply, seconds=time.perf_counter() - started, nonce=request.nonce)
 
     # ------------------------------------------------------------------ the three answers
     def _describe(self, request: Request) -> Reply:
