@@ -18,6 +18,8 @@ from omnifm.errors import ConfigError
 
 _LATER = ("local_steps", "weighting")
 """Keys of `[federation]` that came after results had been published; left at their defaults they change no digest."""
+_LATER_SECTIONS = ("security",)
+"""Sections of which the same is true."""
 
 
 class Section(BaseModel):
@@ -117,6 +119,15 @@ class OptimiserConfig(Section):
     finetune_lr: Real | None = Field(None, description="Learning rate before the `finetuned` score; null: `lr`.")
 
 
+class SecurityConfig(Section):
+    """Which replies the server refuses. What does not fit, is old or not from whom it says is refused anyway."""
+
+    max_update_norm: Real = Field(0.0, ge=0.0, description="Longest update of a client, its L2 norm; 0: any length.")
+    refused: Literal["end", "skip"] = Field(
+        "end", description="After a refused reply: the run ends, or the round goes on without the client."
+    )
+
+
 class EngineConfig(Section):
     """Where and how the arithmetic is done. `workers` changes the time a run takes, never its bits."""
 
@@ -140,6 +151,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig.model_construct()
     optimiser: OptimiserConfig = OptimiserConfig.model_construct()
     engine: EngineConfig = EngineConfig.model_construct()
+    security: SecurityConfig = SecurityConfig.model_construct()
     strategies: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Options by strategy name.")
     tasks: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Options by task name.")
 
@@ -258,6 +270,9 @@ def digest(config: Config) -> str:
     raw["strategies"] = {config.strategy: raw["strategies"].get(config.strategy, {})}
     if not raw["tasks"]:
         raw.pop("tasks")  # a run without such options has the digest it had before there were any
+    for section in _LATER_SECTIONS:
+        if getattr(config, section) == type(getattr(config, section))():
+            raw.pop(section)
     for key in _LATER:
         if raw["federation"][key] == FederationConfig.model_fields[key].default:
             raw["federation"].pop(key)

@@ -160,6 +160,7 @@ def _train(parts: _Parts, server: ServerState, completed: int) -> None:
         num_train={p.id: len(p.train) for p in plans},
         evaluate=lambda state, done: _evaluate_validation(parts, state, done),
         holds=parts.site.holds,
+        security=parts.config.security,
     )
     run_rounds(federation, server, completed, parts.recorder)
 

@@ -213,7 +213,13 @@ class Lab:
     def run(self, server: ServerState | None = None, start: int = 0) -> ServerState:
         server = server or self.start()
         federation = Federation(
-            self.strategy, self.engine, self.schedule, self.config.federation, self.num_train, lambda state, done: None
+            self.strategy,
+            self.engine,
+            self.schedule,
+            self.config.federation,
+            self.num_train,
+            lambda state, done: None,
+            security=self.config.security,
         )
         run_rounds(federation, server, start, self)
         return server

@@ -4,8 +4,12 @@ McMahan et al., "Communication-efficient learning of deep networks from decentra
 Everything is shared; nothing is sent besides the model.
 """
 
+from typing import ClassVar
+
 from omnifm.federation.strategy import Strategy
 
 
 class FedAvg(Strategy):
     """Every hook is the default."""
+
+    mean_suffices: ClassVar[bool] = True

@@ -11,6 +11,8 @@ private  BatchNorm's tensors            traffic  the rest of the model
 There is no global model. A client that was never sampled has the BatchNorm it started with.
 """
 
+from typing import ClassVar
+
 from omnifm.federation.sharing import BATCH_NORMS, names_of_type
 from omnifm.federation.strategy import Strategy
 from omnifm.tasks.base import Model
@@ -18,6 +20,8 @@ from omnifm.tasks.base import Model
 
 class FedBN(Strategy):
     """BatchNorm layers are private."""
+
+    mean_suffices: ClassVar[bool] = True
 
     def private(self, model: Model) -> frozenset[str]:
         """All tensors of BatchNorm layers. Raises ConfigError if there are none."""

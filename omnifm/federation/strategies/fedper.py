@@ -4,6 +4,8 @@ Arivazhagan et al., "Federated learning with personalization layers", arXiv 1912
 is phi alone. A client that was never sampled still has the head it started with. There is no global model.
 """
 
+from typing import ClassVar
+
 from omnifm.federation.sharing import names_under
 from omnifm.federation.strategy import Strategy
 from omnifm.tasks.base import Model
@@ -11,6 +13,8 @@ from omnifm.tasks.base import Model
 
 class FedPer(Strategy):
     """The head is private."""
+
+    mean_suffices: ClassVar[bool] = True
 
     def private(self, model: Model) -> frozenset[str]:
         """The head, or the last layers that the task calls its own."""

@@ -25,6 +25,7 @@ class FedProx(Strategy):
 
     Options: ClassVar[type[StrategyOptions]] = FedProxOptions
     options: FedProxOptions
+    mean_suffices: ClassVar[bool] = True
 
     def begin(self, job: LocalJob) -> None:
         """Put theta^t where the model is, once."""

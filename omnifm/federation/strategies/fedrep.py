@@ -42,6 +42,7 @@ class FedRep(Strategy):
 
     Options: ClassVar[type[StrategyOptions]] = FedRepOptions
     options: FedRepOptions
+    mean_suffices: ClassVar[bool] = True
 
     def private(self, model: Model) -> frozenset[str]:
         """The head."""

@@ -80,6 +80,7 @@ class GPFL(Strategy):
 
     Options: ClassVar[type[StrategyOptions]] = GPFLOptions
     options: GPFLOptions
+    mean_suffices: ClassVar[bool] = True
 
     def setup(self, model: Model) -> None:
         """Add CoV and one embedding per class, or per modality where classes have no numbers."""

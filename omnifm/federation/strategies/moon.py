@@ -72,6 +72,7 @@ class MOON(Strategy):
 
     Options: ClassVar[type[StrategyOptions]] = MOONOptions
     options: MOONOptions
+    mean_suffices: ClassVar[bool] = True
 
     def setup(self, model: Model) -> None:
         """Add P."""
