@@ -4,18 +4,20 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from omnifm import seeds
-from omnifm.config import EngineConfig, OptimiserConfig
+from omnifm.config import EngineConfig, OptimiserConfig, PrivacyConfig
 from omnifm.errors import ConfigError, FederationError
 from omnifm.federation import sharing
+from omnifm.federation.aggregation import shortened
 from omnifm.federation.effort import Effort, Phase
 from omnifm.federation.messages import Reply, Request
+from omnifm.federation.secure import Parties
 from omnifm.federation.state import LocalJob
 from omnifm.federation.store import ClientStore
 from omnifm.federation.strategy import Step, Strategy
@@ -37,6 +39,7 @@ class LocalConfig:
     seed: int
     rounds: int
     augmented: bool
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
 
 def learning_rate(optimiser: OptimiserConfig, round_index: int, rounds: int) -> float:
@@ -80,6 +83,7 @@ class Site:
         self._clients = clients
         self._store = store
         self._config = config
+        self._parties = Parties(config.privacy, strategy.context.weight)
         self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self.model = build_model().to(config.device)
         if config.engine.channels_last:
@@ -117,8 +121,8 @@ class Site:
     def handle(self, request: Request) -> Reply:
         """Answer one request. Raises OmnifmError, naming the client, when it cannot."""
         started = time.perf_counter()
-        answer = {"describe": self._describe, "train": self._train, "evaluate": self._evaluate}[request.kind]
-        reply = answer(request)
+        answers = {"describe": self._describe, "train": self._train, "evaluate": self._evaluate, "secagg": self._parties.answer}
+        reply = answers[request.kind](request)
         return replace(reply, seconds=time.perf_counter() - started, nonce=request.nonce)
 
     # ------------------------------------------------------------------ the three answers
@@ -138,9 +142,11 @@ class Site:
             losses = self._fit(job, self.strategy.phases(job, Effort.of(request.settings)), with_strategy=True)
             upload = self.strategy.finish(job)
         self._save(request, job)
-        tensors = sharing.read(self.model, self._of(request.client, self.sharing.shared))
+        tensors: Mapping[str, Tensor] = sharing.read(self.model, self._of(request.client, self.sharing.shared))
+        if self._config.privacy.clip:
+            tensors = shortened(tensors, request.tensors, self._config.privacy.clip)
         count = int(request.settings.get("budget") or len(job.data.train))
-        return self._reply(request, count, tensors, upload.extra, {**losses, **upload.metrics})
+        return self._parties.hide(request, self._reply(request, count, tensors, upload.extra, {**losses, **upload.metrics}))
 
     def _evaluate(self, request: Request) -> Reply:
         """Score one split. `view`: `personal` (own private state), `global` (shared model alone) or an untrained `reference`."""

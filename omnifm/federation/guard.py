@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from omnifm import seeds
 from omnifm.errors import FederationError, NotFiniteError
+from omnifm.federation.aggregation import update_norm
 from omnifm.federation.messages import Kind, Reply, Request, size_by_group
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy
@@ -131,12 +131,6 @@ def check_extra(reply: Reply, round_index: int, strategy: Strategy, server: Serv
         strategy.vet(server, reply)
     except FederationError as error:
         raise FederationError(f"{label(reply, round_index)}: {error}") from None
-
-
-def update_norm(tensors: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> float:
-    """Return || theta_i - theta^t ||_2 over all floating-point tensors, summed in float64."""
-    moved = ((t.double() - sent[n].double()).square().sum() for n, t in tensors.items() if t.is_floating_point())
-    return math.sqrt(float(sum(moved, torch.zeros((), dtype=torch.float64))))
 
 
 def _check_fit(reply: Reply, who: str, sent: Mapping[str, Tensor]) -> None:

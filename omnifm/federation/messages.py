@@ -17,7 +17,7 @@ from torch import Tensor
 from omnifm.errors import FederationError
 from omnifm.federation import wire
 
-Kind = Literal["describe", "train", "evaluate"]
+Kind = Literal["describe", "train", "evaluate", "secagg"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Request:
     """What the server asks of one client.
 
     Attributes:
-        kind: `describe` (say what your data look like), `train` or `evaluate`.
+        kind: `describe` (say what your data look like), `train`, `evaluate`, or `secagg` (a step of secure aggregation).
         round: rounds completed so far; a client answers from its private state of that time.
         client: whom it is for.
         tensors: the shared tensors of the model, for this client.

@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from omnifm.config import FederationConfig, SecurityConfig
+from omnifm.config import FederationConfig
 from omnifm.errors import FederationError, NotFiniteError
 from omnifm.federation import guard
 from omnifm.federation.client import POOLED
 from omnifm.federation.messages import Reply, Request, size_by_group
+from omnifm.federation.private import Noise
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy
 
@@ -48,7 +49,9 @@ class Federation:
         num_train: training examples by client.
         evaluate: called with (server, rounds completed) when an evaluation is due.
         holds: names of the tensors that a client has; a client that is not here has all of them.
-        security: which replies are refused, and what happens then.
+        longest: largest norm of a client's update; 0: any.
+        skips: whether a round goes on without a client whose reply is refused; otherwise the run ends.
+        noise: what is added to the mean; None: nothing.
     """
 
     strategy: Strategy
@@ -58,7 +61,9 @@ class Federation:
     num_train: Mapping[str, int]
     evaluate: Callable[[ServerState, int], None]
     holds: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    security: SecurityConfig = field(default_factory=SecurityConfig)
+    longest: float = 0.0
+    skips: bool = False
+    noise: Noise | None = None
 
 
 def run_rounds(federation: Federation, server: ServerState, start: int, recorder: Recorder) -> None:
@@ -114,10 +119,12 @@ def _round(federation: Federation, server: ServerState, index: int, recorder: Re
     if missing := post.missing():
         raise FederationError(f"round {index}: no reply from client {missing}")
     if not losses:
-        raise FederationError(f"round {index}: no client's reply {'counts' if _skips(federation) else 'is finite'}")
+        raise FederationError(f"round {index}: no client's reply {'counts' if federation.skips else 'is finite'}")
     mark = time.perf_counter()
+    if federation.noise:
+        strategy.blur(federation.noise.offsets(server.shared, index, len(losses)))
     facts = strategy.end_round(server, index)
-    if strategy.tolerates_nonfinite or _skips(federation):
+    if strategy.tolerates_nonfinite or federation.skips:
         facts["discarded"] = discarded
     aggregating += time.perf_counter() - mark
     total = sum(count for _, count in losses.values())
@@ -154,20 +161,16 @@ def held(tensors: Mapping[str, Tensor], names: frozenset[str] | None) -> Mapping
 def _check(federation: Federation, server: ServerState, index: int, reply: Reply, asked: guard.Asked | None) -> None:
     """Raise FederationError unless a reply counts. Nothing was made of it yet."""
     guard.check_origin(reply, asked, index)
-    longest = federation.security.max_update_norm
+    longest = federation.longest
     # Without a bound only shapes matter, which all clients' tensors have in common.
     sent = _sent(federation, server, reply.client) if longest else held(server.shared, federation.holds.get(reply.client))
     guard.check_upload(reply, index, sent, longest)
     guard.check_extra(reply, index, federation.strategy, server)
 
 
-def _skips(federation: Federation) -> bool:
-    return federation.security.refused == "skip"
-
-
 def _goes_on(federation: Federation, error: FederationError) -> bool:
     """Whether the round goes on without the reply that an error is about."""
-    return _skips(federation) or (federation.strategy.tolerates_nonfinite and isinstance(error, NotFiniteError))
+    return federation.skips or (federation.strategy.tolerates_nonfinite and isinstance(error, NotFiniteError))
 
 
 def _discard(reply: Reply, index: int, asked: guard.Asked | None, error: FederationError, recorder: Recorder) -> None:

@@ -199,6 +199,10 @@ class Strategy:
         """Return how many of the federation's clients have a tensor."""
         return sum(name in self.holds.get(info.id, (name,)) for info in self.context.clients)
 
+    def blur(self, offsets: Mapping[str, Tensor]) -> None:
+        """Move the mean of the round's replies, once, before the server makes anything of it (noise)."""
+        self._mean.shift(offsets)
+
     def end_round(self, server: ServerState, round_index: int) -> dict[str, Any]:
         """Turn what was received into the next state. Returns facts for the round's event."""
         del round_index

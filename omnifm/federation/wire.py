@@ -27,7 +27,7 @@ CLIENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 """What a client may be called: also a folder's name."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/+-]*")
 _NONCE = re.compile(r"[0-9a-f]{0,64}")
-_KINDS = ("describe", "train", "evaluate")
+_KINDS = ("describe", "train", "evaluate", "secagg")
 _FIELDS = {
     "Request": {"kind", "round", "client", "settings", "nonce"},
     "Reply": {"kind", "round", "client", "num_examples", "metrics", "seconds", "nonce"},

@@ -13,6 +13,7 @@ import torch
 
 from omnifm.errors import FederationError
 from omnifm.federation import guard
+from omnifm.federation.aggregation import update_norm
 from omnifm.federation.messages import Reply, Request
 from tests.support import Altered, Lab, Spy, differing, make_lab, spy
 
@@ -157,7 +158,7 @@ def test_descriptions_and_scores_must_be_from_whom_they_say(kind: str, tmp_path:
 def test_the_norm_of_an_update_is_that_of_all_its_numbers() -> None:
     sent = {"a": torch.ones(2, 2), "b": torch.zeros(1), "n": torch.tensor(3)}
     tensors = {"a": torch.ones(2, 2) + 1, "b": torch.tensor([2.0]), "n": torch.tensor(99)}
-    assert guard.update_norm(tensors, sent) == pytest.approx(8**0.5)
+    assert update_norm(tensors, sent) == pytest.approx(8**0.5)
 
 
 def test_nonces_differ_and_are_long() -> None:

@@ -40,7 +40,7 @@ def outcome(blob: bytes) -> str:
         assert text.startswith("a message could not be read: ") and text.isprintable() and len(text) < 400
         return text
     assert isinstance(message, Request | Reply) and wire.CLIENT.fullmatch(message.client)
-    assert message.kind in ("describe", "train", "evaluate") and message.round >= 0
+    assert message.kind in ("describe", "train", "evaluate", "secagg") and message.round >= 0
     carried = sum(t.numel() * t.element_size() for t in (*message.tensors.values(), *message.extra.values()))
     assert carried <= len(blob)
     return ""
