@@ -4,7 +4,7 @@
 
 Clients shorten their updates (`Site`), the guard refuses a longer one where it can see it, the server adds noise to the mean,
 once, before the strategy makes anything of it. Whatever it makes then (a step, an optimiser, another round) costs nothing more.
-Noise is in float64 from ChaCha20's key stream; that floating-point numbers are not real ones (I. Mironov, CCS 2012) is not mended.
+Noise is in float64, from ChaCha20's key stream; that floating-point numbers are no real ones (I. Mironov, CCS 2012) stays so.
 """
 
 from collections.abc import Mapping, Sequence
