@@ -139,6 +139,14 @@ class PrivacyConfig(Section):
     noise_multiplier: Real = Field(
         0.0, ge=0.0, description="Standard deviation of the noise on the sum of the updates, in units of `clip`."
     )
+    example_clip: Real = Field(
+        0.0,
+        ge=0.0,
+        description="Longest gradient of one training example; longer ones are shortened. 0: no example-level privacy.",
+    )
+    example_noise: Real = Field(
+        0.0, ge=0.0, description="Standard deviation of the noise on a step's sum of gradients, in units of `example_clip`."
+    )
     delta: Real = Field(1e-5, gt=0.0, lt=1.0, description="The delta for which epsilon is stated.")
     noise: Literal["secret", "seeded"] = Field(
         "secret",
@@ -152,6 +160,8 @@ class PrivacyConfig(Section):
     def _has_a_scale(self) -> "PrivacyConfig":
         if self.noise_multiplier and not self.clip:
             raise ValueError("privacy.noise_multiplier is in units of privacy.clip: set that too")
+        if self.example_noise and not self.example_clip:
+            raise ValueError("privacy.example_noise is in units of privacy.example_clip: set that too")
         return self
 
 

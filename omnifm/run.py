@@ -214,7 +214,7 @@ def _finish(parts: _Parts) -> dict[str, Any]:
 
 
 def _privacy(parts: _Parts) -> dict[str, Any]:
-    found = statement(parts.config, len(parts.data.plans), parts.schedule)
+    found = statement(parts.config, {p.id: len(p.train) for p in parts.data.plans}, parts.schedule)
     return {} if found is None else {"privacy": found}
 
 

@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,7 +16,8 @@ from omnifm.config import EngineConfig, OptimiserConfig, PrivacyConfig
 from omnifm.errors import ConfigError, FederationError
 from omnifm.federation import sharing
 from omnifm.federation.aggregation import shortened
-from omnifm.federation.effort import Effort, Phase
+from omnifm.federation.effort import Effort, Phase, steps_of
+from omnifm.federation.example_level import ExampleLevel
 from omnifm.federation.messages import Reply, Request
 from omnifm.federation.secure import Parties
 from omnifm.federation.state import LocalJob
@@ -88,6 +90,9 @@ class Site:
         self.model = build_model().to(config.device)
         if config.engine.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stubs do not
+        optimiser, privacy = config.optimiser, config.privacy
+        example = ExampleLevel(self.model, privacy, config.seed, optimiser.batch_size) if privacy.example_clip else None
+        self._example = example
         self.sharing = sharing.split_state(self.model, strategy.private(self.model), strategy.context.buffers)
         self.holds = {client: names for client in clients if (names := self._held(client)) is not None}
         strategy.holds = self.holds
@@ -226,8 +231,10 @@ class Site:
         return Reply(request.kind, request.round, request.client, num_examples, tensors or {}, extra or {}, metrics or {})
 
     # ------------------------------------------------------------------ the one local loop
-    def _batches(self, job: LocalJob, effort: Effort) -> Iterator[Batch]:
-        """Yield the batches of a round."""
+    def _batches(self, job: LocalJob, effort: Effort) -> Iterator[Batch | None]:
+        """Yield the batches of a round; None: a private draw of no example."""
+        if self._example is not None and job.training:
+            return self._draws(self._example, job, effort)
         if not effort.steps:
             return itertools.chain.from_iterable(self._epoch(job, epoch, effort.budget) for epoch in range(effort.epochs))
         per_epoch = len(job.data.train) if effort.budget is None else min(effort.budget, len(job.data.train))
@@ -235,6 +242,14 @@ class Site:
             return iter(())  # no epoch has a batch
         epochs = (self._epoch(job, epoch, effort.budget) for epoch in itertools.count())
         return itertools.islice(itertools.chain.from_iterable(epochs), effort.steps)
+
+    def _draws(self, example: ExampleLevel, job: LocalJob, effort: Effort) -> Iterator[Batch | None]:
+        count, size = len(job.data.train), self._config.optimiser.batch_size
+        generator = seeds.generator(self._config.seed, "private batches", job.round, job.client, job.phase)
+        for step in range(steps_of(effort, count, size)):
+            index = example.draw(job, step)
+            batch = job.data.train.batch(index) if len(index) else None
+            yield self.task.augment(batch, generator) if batch is not None and self._config.augmented else batch
 
     def _epoch(self, job: LocalJob, epoch: int, budget: int | None) -> Iterator[Batch]:
         later = ("phase", job.phase) if job.phase else ()
@@ -253,7 +268,7 @@ class Site:
         self.model.train()
         total = torch.zeros(2, device=self._config.device, dtype=torch.float64)
         for job.phase, phase in enumerate(phases):
-            with phase.of(self.model):
+            with phase.of(self.model), self._recording(job):
                 optimiser = build_optimiser(self.model, self._config.optimiser, job.lr)
                 for batch in self._batches(job, phase.effort):
                     total += self._step(job, batch, optimiser, with_strategy)
@@ -265,8 +280,13 @@ class Site:
             raise FederationError(f"client {job.client}, round {job.round}: the loss is not finite (lower optimiser.lr?)")
         return {"loss": loss, "penalty": penalty}
 
-    def _step(self, job: LocalJob, batch: Batch, optimiser: torch.optim.Optimizer, with_strategy: bool) -> Tensor:
+    def _recording(self, job: LocalJob) -> AbstractContextManager[None]:
+        return self._example.recording() if self._example is not None and job.training else nullcontext()
+
+    def _step(self, job: LocalJob, batch: Batch | None, optimiser: torch.optim.Optimizer, with_strategy: bool) -> Tensor:
         """One optimiser step; return (loss, penalty), detached."""
+        if batch is None:
+            return self._noise_step(job, optimiser)
         batch = batch.to(self._config.device, self._format)
         batch = self.strategy.prepare(job, batch)
         optimiser.zero_grad(set_to_none=True)
@@ -277,10 +297,18 @@ class Site:
         (loss if penalty is None else loss + penalty).backward()
         if with_strategy:
             self.strategy.correct(step)
+        if self._example is not None and job.training:
+            self._example.privatise(job)
         if self._config.optimiser.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimiser.clip_norm)
         optimiser.step()
         return torch.stack([loss.detach(), torch.zeros_like(loss) if penalty is None else penalty.detach()])
+
+    def _noise_step(self, job: LocalJob, optimiser: torch.optim.Optimizer) -> Tensor:
+        assert self._example is not None  # nobody else draws no example
+        self._example.privatise(job)
+        optimiser.step()
+        return torch.zeros(2, device=self._config.device)
 
     def _pass(self, batch: Batch) -> tuple[Output, Tensor]:
         output: Output = self.model(batch.inputs)

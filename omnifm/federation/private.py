@@ -7,6 +7,7 @@ once, before the strategy makes anything of it. Whatever it makes then (a step, 
 Noise is in float64, from ChaCha20's key stream; that floating-point numbers are no real ones (I. Mironov, CCS 2012) stays so.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from omnifm import seeds
 from omnifm.config import Config, PrivacyConfig, SecurityConfig
 from omnifm.errors import ConfigError
-from omnifm.federation import secure
+from omnifm.federation import example_level, secure
+from omnifm.federation.effort import Effort, steps_of
 from omnifm.federation.strategy import Strategy
 from omnifm.privacy import accounting, crypto
 
@@ -74,6 +76,21 @@ def check_private(config: Config, strategy: Strategy, shared: Mapping[str, Tenso
             raise ConfigError("privacy.clip: a round must have all its clients; leave security.refused at 'end'")
         accounting.spent(privacy.noise_multiplier, privacy.delta, len(strategy.context.clients), schedule)
 
+    if privacy.example_clip:
+        _check_example(config, strategy)
+
+
+def _check_example(config: Config, strategy: Strategy) -> None:
+    key, kind = "privacy.example_clip", type(strategy)
+    hooks = ("penalty", "correct", "prepare", "phases", "finish")
+    if any(getattr(kind, hook) is not getattr(Strategy, hook) for hook in hooks) or strategy.needs_description or strategy.pooled:
+        raise ConfigError(f"{key}: strategy {config.strategy} trains or sends otherwise than by the gradients of single examples")
+    if config.task != "classification":
+        raise ConfigError(f"{key}: the loss of task {config.task} is not known to be a mean over examples")
+    if config.engine.precision != "fp32":
+        raise ConfigError(f"{key}: set engine.precision = 'fp32'")
+    accounting.epsilon_of_examples(config.privacy.example_noise, config.privacy.delta, 1, 1.0)
+
 
 def _check_mean(key: str, config: Config, strategy: Strategy, shared: Mapping[str, Tensor]) -> None:
     if not strategy.mean_suffices or strategy.neighbourhoods is not None:
@@ -103,9 +120,9 @@ def _check_secure(config: Config, shared: Mapping[str, Tensor], sampled: int) ->
     crypto.public_key(bytes(crypto.KEY_BYTES))  # the extra is there
 
 
-def statement(config: Config, clients: int, schedule: Sequence[Sequence[str]]) -> dict[str, Any] | None:
-    """Return what `metrics.json` says of a run's privacy: numbers and sentences; None if the run has none."""
-    privacy = config.privacy
+def statement(config: Config, num_train: Mapping[str, int], schedule: Sequence[Sequence[str]]) -> dict[str, Any] | None:
+    """Return what `metrics.json` says of a run's privacy; None if the run has none."""
+    privacy, clients = config.privacy, len(num_train)
     record: dict[str, Any] = {}
     if privacy.clip:
         found = accounting.spent(privacy.noise_multiplier, privacy.delta, clients, schedule)
@@ -129,4 +146,22 @@ def statement(config: Config, clients: int, schedule: Sequence[Sequence[str]]) -
             "clients_per_round": size,
             "quantum": quantum,
         }
+    if privacy.example_clip:
+        record["example_level"] = example_level.record(privacy, _by_client(config, num_train, schedule))
     return record or None
+
+
+def _by_client(config: Config, num_train: Mapping[str, int], schedule: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return every client's epsilon for one of its examples, over the rounds it takes part in."""
+    size, effort = config.optimiser.batch_size, Effort(config.federation.local_epochs, steps=config.federation.local_steps)
+    rounds = Counter(client for names in schedule for client in names)
+    return {
+        client: accounting.epsilon_of_examples(
+            config.privacy.example_noise,
+            config.privacy.delta,
+            rounds[client] * steps_of(effort, count, size),
+            min(1.0, size / count),
+        )
+        for client, count in num_train.items()
+        if rounds[client]
+    }

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from omnifm.errors import ConfigError
 
@@ -63,12 +64,30 @@ def spent(noise_multiplier: float, delta: float, clients: int, schedule: Sequenc
     return Spent(min(sampled, known), known)
 
 
+def epsilon_of_examples(noise_multiplier: float, delta: float, steps: int, rate: float) -> float:
+    """Return epsilon of so many steps of DP-SGD, each example drawn with probability `rate`; infinite without noise.
+
+    Neighbours: one example more or less (the number of examples counts as known). I. Mironov, K. Talwar, L. Zhang, "Renyi
+    differential privacy of the sampled Gaussian mechanism", arXiv 1908.10530, 2019.
+    """
+    if not noise_multiplier:
+        return math.inf
+    accounting = _library()
+    accountant = accounting.rdp.RdpAccountant(neighboring_relation=accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant.compose(accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise_multiplier)), steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def _library() -> Any:
+    try:
+        return import_module("dp_accounting")
+    except ModuleNotFoundError:
+        raise ConfigError("the accounting of privacy needs the extra: pip install 'omnifm[privacy]'") from None
+
+
 def epsilon(noise_multiplier: float, delta: float, rounds: int, sampling: tuple[int, int] | None = None) -> float:
     """Return epsilon of so many rounds, with a draw of m of n (`sampling`) or with the client in all of them."""
-    try:
-        accounting = import_module("dp_accounting")
-    except ModuleNotFoundError:
-        raise ConfigError("privacy.noise_multiplier needs the extra: pip install 'omnifm[privacy]'") from None
+    accounting = _library()
     relation = accounting.NeighboringRelation.REPLACE_ONE
     event = accounting.GaussianDpEvent(noise_multiplier / (2 * (1 + SLACK)))
     if sampling:

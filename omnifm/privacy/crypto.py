@@ -76,11 +76,14 @@ def unseal(key: bytes, sealed: bytes, about: bytes) -> bytes:
     return plain
 
 
+def uniforms(key: bytes, count: int) -> npt.NDArray[np.float64]:
+    """Return `count` draws from [0, 1), whole multiples of 2^-53, from a key's stream."""
+    return (np.frombuffer(keystream(key, 8 * count), dtype="<u8") >> 11).astype(np.float64) * 2.0**-53
+
+
 def normals(key: bytes, count: int) -> npt.NDArray[np.float64]:
     """Return `count` draws of N(0, 1) in float64 from a key's stream, by Box and Muller (1958) from uniform 53-bit numbers."""
     pairs = -(-count // 2)
-    words = np.frombuffer(keystream(key, 16 * pairs), dtype="<u8").reshape(2, pairs)
-    # (k + 1) / 2^53 is in (0, 1]: the logarithm of 0 never comes up.
-    first, second = ((words[0] >> 11) + 1) * 2.0**-53, (words[1] >> 11) * 2.0**-53
-    radius = np.sqrt(-2.0 * np.log(first))
+    first, second = uniforms(key, 2 * pairs).reshape(2, pairs)
+    radius = np.sqrt(-2.0 * np.log(1.0 - first))  # 1 - u is in (0, 1]: the logarithm of 0 never comes up
     return np.concatenate([radius * np.cos(2 * np.pi * second), radius * np.sin(2 * np.pi * second)])[:count]

@@ -66,6 +66,17 @@ class ClientLevel(_Record):
     rounds: int
 
 
+class ExampleLevel(_Record):
+    """Example-level differential privacy of a run: of the client with the largest epsilon."""
+
+    epsilon: float | None
+    client: str
+    delta: float
+    clip: float
+    noise_multiplier: float
+    noise: str
+
+
 class SecureSum(_Record):
     """Secure aggregation in a run."""
 
@@ -78,6 +89,7 @@ class Privacy(_Record):
     """What a run says of its privacy."""
 
     client_level: ClientLevel | None = None
+    example_level: ExampleLevel | None = None
     secure_aggregation: SecureSum | None = None
 
 

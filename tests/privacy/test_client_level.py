@@ -257,12 +257,12 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path: Path, monkeyp
 
 def test_the_statement_gives_every_number_that_epsilon_depends_on(tmp_path: Path) -> None:
     lab = private(tmp_path, noise=2.0, clip=0.5, federation__rounds=3, privacy__secure_aggregation=True)
-    found = statement(lab.config, 4, lab.schedule)
+    found = statement(lab.config, lab.num_train, lab.schedule)
     assert found is not None
     expected = {"delta": 1e-5, "clip": 0.5, "noise_multiplier": 2.0, "noise": "seeded", "rounds": 3, "clients": 4}
     assert expected.items() <= found["client_level"].items() and found["client_level"]["clients_per_round"] == 4
     assert found["client_level"]["epsilon"] == epsilon(2.0, 1e-5, 3)
     assert found["secure_aggregation"]["threshold"] == 3
-    assert statement(make_lab(tmp_path).config, 4, lab.schedule) is None
-    quiet = statement(private(tmp_path, noise=0.0).config, 4, lab.schedule)
+    assert statement(make_lab(tmp_path).config, lab.num_train, lab.schedule) is None
+    quiet = statement(private(tmp_path, noise=0.0).config, lab.num_train, lab.schedule)
     assert quiet is not None and quiet["client_level"]["epsilon"] is None
