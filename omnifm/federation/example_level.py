@@ -42,6 +42,7 @@ class ExampleLevel:
 
     def __init__(self, model: nn.Module, privacy: PrivacyConfig, seed: int, batch_size: int) -> None:
         self._privacy, self._seed, self._batch_size = privacy, seed, batch_size
+        self._model = model
         self._weights = [p for p in model.parameters() if p.requires_grad]
         for module in model.modules():
             if isinstance(module, _ACTIVATIONS):
@@ -63,14 +64,33 @@ class ExampleLevel:
     def recording(self) -> Iterator[None]:
         """Keep the gradients of each example in a block."""
         self._samples.add_hooks(loss_reduction="mean")
+        places = self._copy_outputs()
         try:
             with warnings.catch_warnings():
                 # The first layer's input is an image, which needs no gradient; Opacus reads what comes from behind.
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
                 yield
         finally:
+            for parent, name, module in places:
+                parent._modules[name] = module
             self._samples.remove_hooks()
             self._forget()
+
+    def _copy_outputs(self) -> list[tuple[nn.Module, str, nn.Module]]:
+        """Let no layer with a hook hand on the very tensor its hook holds; return where the layers were.
+
+        Residual networks add to a layer's output in place, which torch forbids on the output of a layer with a hook.
+        """
+        hooked = set(self._samples.iterate_submodules(self._model))
+        places = [
+            (parent, name, child)
+            for parent in self._model.modules()
+            for name, child in parent.named_children()
+            if child in hooked
+        ]
+        for parent, name, child in places:
+            parent._modules[name] = _Copied(child)
+        return places
 
     def privatise(self, job: LocalJob) -> None:
         """Put the private gradient in the place of the one that backward left; after a draw of nothing too."""
@@ -106,6 +126,18 @@ class ExampleLevel:
     def _forget(self) -> None:
         for p in self._weights:
             p.grad_sample = None  # type: ignore[attr-defined]  # Opacus's
+
+
+class _Copied(nn.Module):
+    """A layer whose output is a copy."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        copied: Tensor = self.layer(*inputs).clone()
+        return copied
 
 
 def _of(p: nn.Parameter) -> Tensor:

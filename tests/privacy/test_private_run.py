@@ -10,7 +10,7 @@ pytest.importorskip("cryptography")
 pytest.importorskip("dp_accounting")
 
 from omnifm.errors import ConfigError
-from omnifm.privacy.accounting import epsilon
+from omnifm.privacy.accounting import epsilon, epsilon_of_examples
 from omnifm.report.page import number
 from omnifm.run import execute
 from tests.run import jobs
@@ -67,3 +67,14 @@ def test_a_run_without_privacy_says_nothing_of_it(data: Path, tmp_path: Path) ->
     execute(jobs.config(data, "fedavg", federation={"rounds": 1}), tmp_path / "run")
     assert "privacy" not in json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
     assert "Secure aggregation" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_residual_network_trains_with_example_level_privacy(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("opacus")
+    privacy = {"example_clip": 1.0, "example_noise": 1.0}
+    execute(jobs.config(data, "fedavg", federation={"rounds": 1}, privacy=privacy), tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))["privacy"]["example_level"]
+    # One of three clients of 12 examples: three steps, each of a third.
+    assert found["epsilon"] == epsilon_of_examples(1.0, 1e-5, 3, 4 / 12)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "example-level differential privacy" in page and number(found["epsilon"]) in page
