@@ -1,6 +1,6 @@
 """The composition root: from a `Config` to the objects of a run. One table per plug-in kind, NAME -> "module:Class"."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -20,7 +20,11 @@ from omnifm.engines.inprocess import InProcessEngine
 from omnifm.engines.workers import WorkerEngine
 from omnifm.errors import ConfigError, DataError
 from omnifm.federation.client import LocalConfig, Site
-from omnifm.federation.state import ClientInfo, Context
+from omnifm.federation.private import Noise, check_private, longest_update
+from omnifm.federation.rounds import Engine, Federation
+from omnifm.federation.schedule import draw_schedule
+from omnifm.federation.secure import SecureEngine
+from omnifm.federation.state import ClientInfo, Context, ServerState
 from omnifm.federation.store import ClientStore
 from omnifm.federation.strategy import Strategy, StrategyOptions
 from omnifm.tasks.base import Model, Task, TaskData, TaskOptions
@@ -254,9 +258,48 @@ def make_site(config: Config, store: Path, data: Data | None = None) -> Site:
         seed=config.seed,
         rounds=config.federation.rounds,
         augmented=config.data.augment != "none",
+        privacy=config.privacy,
     )
     clients = tuple(plan.id for plan in data.plans)
     return Site(partial(make_model, config, task, strategy), task, strategy, clients, ClientStore(store), local)
+
+
+def make_schedule(config: Config, site: Site, clients: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Return who takes part in which round.
+
+    Raises:
+        ConfigError: the run asks for a privacy that this strategy, model or schedule cannot have.
+    """
+    federation = config.federation
+    schedule = draw_schedule(clients, federation.rounds, federation.participation, config.seed)
+    check_private(config, site.strategy, site.initial_shared(), schedule)
+    return schedule
+
+
+def make_federation(
+    config: Config,
+    strategy: Strategy,
+    engine: Engine,
+    schedule: Sequence[Sequence[str]],
+    num_train: Mapping[str, int],
+    evaluate: Callable[[ServerState, int], None],
+) -> Federation:
+    """Return what the round loop runs on, with the protection that the config asks for."""
+    privacy, skips = config.privacy, config.security.refused == "skip"
+    if privacy.secure_aggregation:
+        engine = SecureEngine(engine, privacy, strategy.context.weight, num_train, skip=skips)
+    return Federation(
+        strategy=strategy,
+        engine=engine,
+        schedule=schedule,
+        config=config.federation,
+        num_train=num_train,
+        evaluate=evaluate,
+        holds=strategy.holds,
+        longest=longest_update(config.security, privacy),
+        skips=skips,
+        noise=Noise(privacy, config.seed) if privacy.noise_multiplier else None,
+    )
 
 
 def make_engine(config: Config, site: Site, store: Path) -> InProcessEngine | WorkerEngine:

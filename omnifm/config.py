@@ -18,6 +18,8 @@ from omnifm.errors import ConfigError
 
 _LATER = ("local_steps", "weighting", "min_replies", "deadline")
 """Keys of `[federation]` that came after results had been published; left at their defaults they change no digest."""
+_LATER_SECTIONS = ("security", "privacy")
+"""Sections of which the same is true."""
 
 
 class Section(BaseModel):
@@ -129,6 +131,52 @@ class OptimiserConfig(Section):
     finetune_lr: Real | None = Field(None, description="Learning rate before the `finetuned` score; null: `lr`.")
 
 
+class SecurityConfig(Section):
+    """Which replies the server refuses. What does not fit, is old or not from whom it says is refused anyway."""
+
+    max_update_norm: Real = Field(0.0, ge=0.0, description="Longest update of a client, its L2 norm; 0: any length.")
+    refused: Literal["end", "skip"] = Field(
+        "end", description="After a refused reply: the run ends, or the round goes on without the client."
+    )
+
+
+class PrivacyConfig(Section):
+    """What keeps a client's contribution from whoever sees the model, and from the server. Off by default."""
+
+    clip: Real = Field(
+        0.0,
+        ge=0.0,
+        description="Longest update of a client, its L2 norm; longer ones are shortened to it. 0: no client-level privacy.",
+    )
+    noise_multiplier: Real = Field(
+        0.0, ge=0.0, description="Standard deviation of the noise on the sum of the updates, in units of `clip`."
+    )
+    example_clip: Real = Field(
+        0.0,
+        ge=0.0,
+        description="Longest gradient of one training example; longer ones are shortened. 0: no example-level privacy.",
+    )
+    example_noise: Real = Field(
+        0.0, ge=0.0, description="Standard deviation of the noise on a step's sum of gradients, in units of `example_clip`."
+    )
+    delta: Real = Field(1e-5, gt=0.0, lt=1.0, description="The delta for which epsilon is stated.")
+    noise: Literal["secret", "seeded"] = Field(
+        "secret",
+        description="`secret`: drawn anew, known to nobody; `seeded`: repeatable, for studies alone: the seed undoes it.",
+    )
+    secure_aggregation: bool = Field(False, description="The server learns the sum of the updates and no client's own.")
+    secure_range: Real = Field(8.0, gt=0.0, description="Largest change of a weight in a round that is added up; others are cut.")
+    secure_threshold: Real = Field(0.67, gt=0.5, le=1.0, description="Share of a round's clients that must stay to its end.")
+
+    @model_validator(mode="after")
+    def _has_a_scale(self) -> "PrivacyConfig":
+        if self.noise_multiplier and not self.clip:
+            raise ValueError("privacy.noise_multiplier is in units of privacy.clip: set that too")
+        if self.example_noise and not self.example_clip:
+            raise ValueError("privacy.example_noise is in units of privacy.example_clip: set that too")
+        return self
+
+
 class EngineConfig(Section):
     """Where and how the arithmetic is done. `workers` changes the time a run takes, never its bits."""
 
@@ -152,6 +200,8 @@ class Config(Section):
     model: ModelConfig = ModelConfig.model_construct()
     optimiser: OptimiserConfig = OptimiserConfig.model_construct()
     engine: EngineConfig = EngineConfig.model_construct()
+    security: SecurityConfig = SecurityConfig.model_construct()
+    privacy: PrivacyConfig = PrivacyConfig.model_construct()
     strategies: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Options by strategy name.")
     tasks: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Options by task name.")
 
@@ -270,6 +320,9 @@ def digest(config: Config) -> str:
     raw["strategies"] = {config.strategy: raw["strategies"].get(config.strategy, {})}
     if not raw["tasks"]:
         raw.pop("tasks")  # a run without such options has the digest it had before there were any
+    for section in _LATER_SECTIONS:
+        if getattr(config, section) == type(getattr(config, section))():
+            raw.pop(section)
     for key in _LATER:
         if raw["federation"][key] == FederationConfig.model_fields[key].default:
             raw["federation"].pop(key)

@@ -17,5 +17,9 @@ class FederationError(OmnifmError):
     """A round cannot go on: a reply is missing, malformed or not finite."""
 
 
+class NotFiniteError(FederationError):
+    """A reply holds a number that is none; some strategies leave it out of the round."""
+
+
 class CheckpointError(OmnifmError):
     """A run folder or checkpoint is missing, truncated or belongs to another run."""

@@ -17,8 +17,8 @@ from omnifm.data.partition import plans_digest
 from omnifm.errors import CheckpointError
 from omnifm.federation.client import Site
 from omnifm.federation.evaluation import Evaluation, Evaluator
-from omnifm.federation.rounds import Engine, Federation, run_rounds
-from omnifm.federation.schedule import draw_schedule
+from omnifm.federation.private import statement
+from omnifm.federation.rounds import Engine, run_rounds
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy
 from omnifm.tasks.base import Task
@@ -62,6 +62,7 @@ class _Parts:
     site: Site
     engine: RunEngine
     evaluator: Evaluator
+    schedule: tuple[tuple[str, ...], ...]
     checkpoint: Checkpoint
     recorder: RunRecorder
 
@@ -161,12 +162,13 @@ def _assemble(config: Config, out: Path, elsewhere: Elsewhere | None, watch: Wat
     data = elsewhere.data if elsewhere else build.load_data(config)
     site = build.make_site(config, checkpoint.clients, data)
     task, strategy = site.task, site.strategy
+    schedule = build.make_schedule(config, site, [p.id for p in data.plans])
     _claim(config, out)
     recorder = RunRecorder(out, checkpoint, task.primary, watch)
     engine = elsewhere.engine if elsewhere else build.make_engine(config, site, checkpoint.clients)
     sizes = {p.id: {"train": len(p.train), "val": len(p.val), "test": len(p.test)} for p in data.plans}
     evaluator = Evaluator(task, strategy, engine, sizes, config.federation, config.optimiser, site.has_global(), site.holds)
-    return _Parts(config, out, data, task, strategy, site, engine, evaluator, checkpoint, recorder)
+    return _Parts(config, out, data, task, strategy, site, engine, evaluator, schedule, checkpoint, recorder)
 
 
 def _claim(config: Config, out: Path) -> None:
@@ -225,17 +227,15 @@ def _simulated(data: build.Data) -> bool:
 
 
 def _train(parts: _Parts, server: ServerState, completed: int) -> None:
-    config, plans = parts.config.federation, parts.data.plans
-    schedule = draw_schedule([p.id for p in plans], config.rounds, config.participation, parts.config.seed)
-    parts.recorder.announce(completed, config.rounds, len(schedule[0]), len(plans))
-    federation = Federation(
-        strategy=parts.strategy,
-        engine=parts.engine,
-        schedule=schedule,
-        config=config,
-        num_train={p.id: len(p.train) for p in plans},
-        evaluate=lambda state, done: _evaluate_validation(parts, state, done),
-        holds=parts.site.holds,
+    schedule, plans = parts.schedule, parts.data.plans
+    parts.recorder.announce(completed, len(schedule), len(schedule[0]), len(plans))
+    federation = build.make_federation(
+        parts.config,
+        parts.strategy,
+        parts.engine,
+        schedule,
+        {p.id: len(p.train) for p in plans},
+        lambda state, done: _evaluate_validation(parts, state, done),
     )
     run_rounds(federation, server, completed, parts.recorder)
 
@@ -284,8 +284,14 @@ def _finish(parts: _Parts) -> dict[str, Any]:
         "notes": list(parts.task.notes),
         "references": parts.evaluator.references(config.federation.rounds, "test"),
         **totals(parts.out / "events.jsonl", time.perf_counter() - started, parts.recorder.seconds),
+        **_privacy(parts),
         "peak_rss_mib": peak_rss_mib(config.engine.workers),
     }
+
+
+def _privacy(parts: _Parts) -> dict[str, Any]:
+    found = statement(parts.config, {p.id: len(p.train) for p in parts.data.plans}, parts.schedule)
+    return {} if found is None else {"privacy": found}
 
 
 def _client_table(parts: _Parts, found: Evaluation) -> list[dict[str, Any]]:

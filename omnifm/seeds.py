@@ -5,6 +5,7 @@ clients, workers or strategies happen to run. A stream is a function of `(root, 
 """
 
 import hashlib
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,6 +36,11 @@ def generator(root: int, *names: str | int) -> torch.Generator:
 def numpy_generator(root: int, *names: str | int) -> np.random.Generator:
     """Return a numpy generator for the stream `names` (partitions, simulated images, k-means)."""
     return np.random.default_rng(derive(root, *names))
+
+
+def secret(count: int) -> bytes:
+    """Return `count` bytes that nobody can know: keys, masks and nonces. They change no result that a seed promises."""
+    return secrets.token_bytes(count)
 
 
 @contextmanager

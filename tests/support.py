@@ -19,7 +19,7 @@ from omnifm.engines.inprocess import InProcessEngine
 from omnifm.federation.client import LocalConfig, Site
 from omnifm.federation.evaluation import Evaluation, Evaluator
 from omnifm.federation.messages import Reply, Request, decode, encode
-from omnifm.federation.rounds import Engine, Federation, run_rounds
+from omnifm.federation.rounds import Engine, run_rounds
 from omnifm.federation.schedule import draw_schedule
 from omnifm.federation.state import ClientInfo, Context, ServerState
 from omnifm.federation.store import ClientStore
@@ -253,8 +253,8 @@ class Lab:
 
     def run(self, server: ServerState | None = None, start: int = 0) -> ServerState:
         server = server or self.start()
-        federation = Federation(
-            self.strategy, self.engine, self.schedule, self.config.federation, self.num_train, lambda state, done: None
+        federation = build.make_federation(
+            self.config, self.strategy, self.engine, self.schedule, self.num_train, lambda state, done: None
         )
         run_rounds(federation, server, start, self)
         return server
@@ -306,6 +306,7 @@ def make_lab(
         seed=config.seed,
         rounds=config.federation.rounds,
         augmented=config.data.augment != "none",
+        privacy=config.privacy,
     )
     clients = tuple(h.id for h in hospitals)
     site = Site(partial(build.make_model, config, task, site_strategy), task, site_strategy, clients, store, local)

@@ -201,8 +201,14 @@ SAME = [
     {"strategies": {"fedprox": {"mu": 3.0}}},
     {"federation__rounds": 20},
     {"federation__local_steps": 0, "federation__weighting": "examples"},
+    {"security__refused": "end", "security__max_update_norm": 0},
+    {"privacy__clip": 0.0, "privacy__secure_aggregation": False},
 ]
 OTHER = [
+    {"privacy__clip": 1.0},
+    {"privacy__secure_aggregation": True},
+    {"security__refused": "skip"},
+    {"security__max_update_norm": 2},
     {"seed": 1},
     {"strategy": "fedavg"},
     {"strategies": {"omnifm": {"top_k": 3}}},

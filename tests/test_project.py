@@ -248,6 +248,8 @@ def documented_defaults(section: type[BaseModel]) -> dict[str, str]:
         ("model", config.ModelConfig),
         ("optimiser", config.OptimiserConfig),
         ("engine", config.EngineConfig),
+        ("security", config.SecurityConfig),
+        ("privacy", config.PrivacyConfig),
     ],
 )
 def test_the_docs_give_each_config_key_with_its_default(title: str, section: type[BaseModel]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omnifm.errors import CheckpointError, ConfigError
-from omnifm.federation.store import CLIENT_ID
+from omnifm.federation.wire import CLIENT
 
 DAYS = 365
 _HERE = ("localhost", "127.0.0.1")
@@ -76,7 +76,7 @@ def make_certs(path: Path, hosts: Sequence[str], clients: Sequence[str], days: i
     require_cryptography()
     if not hosts and not clients:
         raise ConfigError("nothing to make: give --host for the server's certificate, or --client for a hospital's key")
-    if strange := [client for client in clients if not CLIENT_ID.fullmatch(client)]:
+    if strange := [client for client in clients if not CLIENT.fullmatch(client)]:
         raise ConfigError(f"--client {strange[0]!r}: an id has letters, digits, '_', '-' and '.' only")
     folder = Folder(path)
     wanted = [folder.authority, folder.authority_key, folder.certificate, folder.key] if hosts else []

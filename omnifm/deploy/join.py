@@ -13,7 +13,7 @@ from omnifm.deploy.hospital import Hospital
 from omnifm.deploy.processes import Child, environment, free_port, last_words, require_flower, require_loopback
 from omnifm.engines.loopback import PLACE, Listener
 from omnifm.errors import CheckpointError, ConfigError
-from omnifm.federation.store import CLIENT_ID
+from omnifm.federation.wire import CLIENT
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def make_member(server: str, cohort: Path, client: str, certs: Path | None, stat
     host, _, port = server.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"--server {server}: expected HOST:PORT")
-    if not CLIENT_ID.fullmatch(client):
+    if not CLIENT.fullmatch(client):
         raise ConfigError(f"--client {client!r}: an id has letters, digits, '_', '-' and '.' only")
     if certs is None:
         require_loopback(host, "--server")

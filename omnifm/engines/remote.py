@@ -7,7 +7,7 @@ over, or a second time, is dropped and counted in the ledger.
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omnifm.engines.calls import Call, pack, unpack
@@ -199,7 +199,8 @@ class RemoteEngine:
         else:
             account.bytes_up += len(arrival.blob)
             try:
-                errand.reply = _reply_in(arrival.blob, errand.request)
+                # The parcel was taken from the node that was asked: its key says who that is.
+                errand.reply = replace(_reply_in(arrival.blob, errand.request), sender=errand.request.client)
             except FederationError as error:
                 errand.failed = account.trouble = str(error)
                 account.errors += 1

@@ -6,6 +6,7 @@ Sums are kept in float64. A product of a float32 weight and an example count is 
 client bit for bit, and equal models average to themselves. The server holds one accumulator, whatever the number of clients.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -36,6 +37,11 @@ class RunningMean:
             else:
                 known.add_(tensor, alpha=weight)  # promoted to float64 before the product
 
+    def shift(self, offsets: Mapping[str, Tensor]) -> None:
+        """Move the means of floating-point tensors by `offsets`, before they are rounded to their own type."""
+        for name, offset in offsets.items():
+            self._sums[name].add_(offset, alpha=self._weights[name])
+
     def value(self) -> dict[str, Tensor]:
         """Return the means in the dtypes of the first reply; no entry for a tensor that nobody sent."""
         return {
@@ -50,3 +56,20 @@ def step_towards(old: Mapping[str, Tensor], mean: Mapping[str, Tensor], step: fl
         return dict(old) | dict(mean)
     moved = {n: torch.lerp(old[n], t, step) if t.is_floating_point() else t for n, t in mean.items()}
     return dict(old) | moved
+
+
+def update_norm(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
+    """Return || theta_i - theta^t ||_2 over all floating-point tensors, summed in float64."""
+    moved = (float((t.double() - start[n].double()).square().sum()) for n, t in tensors.items() if t.is_floating_point())
+    return math.sqrt(math.fsum(moved))
+
+
+def shortened(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], bound: float) -> Mapping[str, Tensor]:
+    """Return theta^t + Delta min(1, bound / || Delta ||_2), Delta = theta_i - theta^t; as they are if they are short enough."""
+    norm = update_norm(tensors, start)
+    if norm <= bound:
+        return tensors
+    return {
+        n: start[n].double().lerp(t.double(), bound / norm).to(t.dtype) if t.is_floating_point() else t
+        for n, t in tensors.items()
+    }

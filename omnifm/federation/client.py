@@ -4,18 +4,22 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from omnifm import seeds
-from omnifm.config import EngineConfig, OptimiserConfig
+from omnifm.config import EngineConfig, OptimiserConfig, PrivacyConfig
 from omnifm.errors import ConfigError, FederationError
 from omnifm.federation import sharing
-from omnifm.federation.effort import Effort, Phase
+from omnifm.federation.aggregation import shortened
+from omnifm.federation.effort import Effort, Phase, steps_of
+from omnifm.federation.example_level import ExampleLevel
 from omnifm.federation.messages import Reply, Request
+from omnifm.federation.secure import Parties
 from omnifm.federation.state import LocalJob
 from omnifm.federation.store import ClientStore
 from omnifm.federation.strategy import Step, Strategy
@@ -41,6 +45,7 @@ class LocalConfig:
     seed: int
     rounds: int
     augmented: bool
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
 
 def learning_rate(optimiser: OptimiserConfig, round_index: int, rounds: int) -> float:
@@ -84,10 +89,14 @@ class Site:
         self._clients = clients
         self._store = store
         self._config = config
+        self._parties = Parties(config.privacy, strategy.context.weight)
         self._format = torch.channels_last if config.engine.channels_last else torch.contiguous_format
         self.model = build_model().to(config.device)
         if config.engine.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its stubs do not
+        optimiser, privacy = config.optimiser, config.privacy
+        example = ExampleLevel(self.model, privacy, config.seed, optimiser.batch_size) if privacy.example_clip else None
+        self._example = example
         self.sharing = sharing.split_state(self.model, strategy.private(self.model), strategy.context.buffers)
         self.holds = {client: names for client in clients if (names := self._held(client)) is not None}
         strategy.holds = self.holds
@@ -121,9 +130,9 @@ class Site:
     def handle(self, request: Request) -> Reply:
         """Answer one request. Raises OmnifmError, naming the client, when it cannot."""
         started = time.perf_counter()
-        answer = {"describe": self._describe, "train": self._train, "evaluate": self._evaluate}[request.kind]
-        reply = answer(request)
-        return Reply(**{**vars(reply), "seconds": time.perf_counter() - started})
+        answers = {"describe": self._describe, "train": self._train, "evaluate": self._evaluate, "secagg": self._parties.answer}
+        reply = answers[request.kind](request)
+        return replace(reply, seconds=time.perf_counter() - started, nonce=request.nonce)
 
     # ------------------------------------------------------------------ the three answers
     def _describe(self, request: Request) -> Reply:
@@ -153,11 +162,14 @@ class Site:
             self.strategy.begin(job)
             losses = self._fit(job, self.strategy.phases(job, Effort.of(request.settings)), with_strategy=True)
             upload = self.strategy.finish(job)
-        tensors = sharing.read(self.model, self._of(request.client, self.sharing.shared))
+        tensors: Mapping[str, Tensor] = sharing.read(self.model, self._of(request.client, self.sharing.shared))
         if self.strategy.tolerates_nonfinite:
             _require_finite(tensors, request, "a tensor is not finite after training")
         self._save(request, job)
-        return self._reply(request, self._count(request), tensors, upload.extra, {**losses, **upload.metrics})
+        if self._config.privacy.clip:
+            tensors = shortened(tensors, request.tensors, self._config.privacy.clip)
+        reply = self._reply(request, self._count(request), tensors, upload.extra, {**losses, **upload.metrics})
+        return self._parties.hide(request, reply)
 
     def _evaluate(self, request: Request) -> Reply:
         """Score one split. `view`: `personal` (own private state), `global` (shared model alone) or an untrained `reference`."""
@@ -242,8 +254,10 @@ class Site:
         return Reply(request.kind, request.round, request.client, num_examples, tensors or {}, extra or {}, metrics or {})
 
     # ------------------------------------------------------------------ the one local loop
-    def _batches(self, job: LocalJob, effort: Effort) -> Iterator[Batch]:
-        """Yield the batches of a round."""
+    def _batches(self, job: LocalJob, effort: Effort) -> Iterator[Batch | None]:
+        """Yield the batches of a round; None: a private draw of no example."""
+        if self._example is not None and job.training:
+            return self._draws(self._example, job, effort)
         if not effort.steps:
             return itertools.chain.from_iterable(self._epoch(job, epoch, effort.budget) for epoch in range(effort.epochs))
         per_epoch = len(job.data.train) if effort.budget is None else min(effort.budget, len(job.data.train))
@@ -251,6 +265,14 @@ class Site:
             return iter(())  # no epoch has a batch
         epochs = (self._epoch(job, epoch, effort.budget) for epoch in itertools.count())
         return itertools.islice(itertools.chain.from_iterable(epochs), effort.steps)
+
+    def _draws(self, example: ExampleLevel, job: LocalJob, effort: Effort) -> Iterator[Batch | None]:
+        count, size = len(job.data.train), self._config.optimiser.batch_size
+        generator = seeds.generator(self._config.seed, "private batches", job.round, job.client, job.phase)
+        for step in range(steps_of(effort, count, size)):
+            index = example.draw(job, step)
+            batch = job.data.train.batch(index) if len(index) else None
+            yield self.task.augment(batch, generator) if batch is not None and self._config.augmented else batch
 
     def _epoch(self, job: LocalJob, epoch: int, budget: int | None) -> Iterator[Batch]:
         later = ("phase", job.phase) if job.phase else ()
@@ -269,7 +291,7 @@ class Site:
         self.model.train()
         total = torch.zeros(2, device=self._config.device, dtype=torch.float64)
         for job.phase, phase in enumerate(phases):
-            with phase.of(self.model):
+            with phase.of(self.model), self._recording(job):
                 optimiser = build_optimiser(self.model, self._config.optimiser, job.lr)
                 for batch in self._batches(job, phase.effort):
                     total += self._step(job, batch, optimiser, with_strategy)
@@ -281,8 +303,13 @@ class Site:
             raise NotFiniteError(f"client {job.client}, round {job.round}: the loss is not finite (lower optimiser.lr?)")
         return {"loss": loss, "penalty": penalty}
 
-    def _step(self, job: LocalJob, batch: Batch, optimiser: torch.optim.Optimizer, with_strategy: bool) -> Tensor:
+    def _recording(self, job: LocalJob) -> AbstractContextManager[None]:
+        return self._example.recording() if self._example is not None and job.training else nullcontext()
+
+    def _step(self, job: LocalJob, batch: Batch | None, optimiser: torch.optim.Optimizer, with_strategy: bool) -> Tensor:
         """One optimiser step; return (loss, penalty), detached."""
+        if batch is None:
+            return self._noise_step(job, optimiser)
         batch = batch.to(self._config.device, self._format)
         batch = self.strategy.prepare(job, batch)
         optimiser.zero_grad(set_to_none=True)
@@ -293,10 +320,18 @@ class Site:
         (loss if penalty is None else loss + penalty).backward()
         if with_strategy:
             self.strategy.correct(step)
+        if self._example is not None and job.training:
+            self._example.privatise(job)
         if self._config.optimiser.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimiser.clip_norm)
         optimiser.step()
         return torch.stack([loss.detach(), torch.zeros_like(loss) if penalty is None else penalty.detach()])
+
+    def _noise_step(self, job: LocalJob, optimiser: torch.optim.Optimizer) -> Tensor:
+        assert self._example is not None  # nobody else draws no example
+        self._example.privatise(job)
+        optimiser.step()
+        return torch.zeros(2, device=self._config.device)
 
     def _pass(self, batch: Batch) -> tuple[Output, Tensor]:
         output: Output = self.model(batch.inputs)

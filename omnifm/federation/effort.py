@@ -60,3 +60,8 @@ class Phase:
         finally:
             for parameter in rest:
                 parameter.requires_grad_(True)
+
+
+def steps_of(effort: Effort, examples: int, batch_size: int) -> int:
+    """Return the optimiser steps of an effort whose batches are drawn, not dealt out: as many as whole epochs would have."""
+    return effort.steps or effort.epochs * -(-examples // batch_size)

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from omnifm.config import FederationConfig, OptimiserConfig
+from omnifm.federation import guard
 from omnifm.federation.messages import Request
 from omnifm.federation.rounds import Engine, held
 from omnifm.federation.state import ServerState
@@ -95,7 +96,7 @@ class Evaluator:
             for client in clients
         )
         # A client whose fine-tuning failed, where the strategy tolerates that, answers without a state.
-        return {reply.client: reply.extra for reply in self._engine.exchange(requests) if reply.extra}
+        return {reply.client: reply.extra for reply in guard.ask(self._engine.exchange, requests) if reply.extra}
 
     def _tensors(self, server: ServerState, client: str, view: View) -> Mapping[str, Tensor]:
         return server.shared if view == "global" else self._strategy.shared_for(server, client)
@@ -108,7 +109,10 @@ class Evaluator:
         for name in sorted(frozenset[str]().union(*known.values())):
             settings = {"split": split, "view": "reference", "reference": name}
             requests = (Request("evaluate", completed, c, settings=settings) for c in clients if name in known[c])
-            scores = {r.client: self._task.metric(r.client).merge([r.extra]).compute() for r in self._engine.exchange(requests)}
+            scores = {
+                r.client: self._task.metric(r.client).merge([r.extra]).compute()
+                for r in guard.ask(self._engine.exchange, requests)
+            }
             mean = weighted_mean([(s, self._sizes[c][split]) for c, s in scores.items()])
             found[name] = {"personal": mean, "worst": worst(scores.values(), self._task.lower_is_better)}
         return found

@@ -18,6 +18,7 @@ from omnifm.federation.strategy import Strategy
 class FedOpt(Strategy):
     """FedAvg at the clients, an optimiser at the server."""
 
+    mean_suffices: ClassVar[bool] = True
     _memory: ClassVar[tuple[str, ...]]
     """What the optimiser remembers of every parameter."""
 

@@ -1,18 +1,19 @@
 """The one round loop."""
 
 import logging
-import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from omnifm.config import FederationConfig
-from omnifm.errors import FederationError
+from omnifm.errors import FederationError, NotFiniteError
+from omnifm.federation import guard
 from omnifm.federation.client import POOLED
 from omnifm.federation.messages import Reply, Request, size_by_group
+from omnifm.federation.private import Noise
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy
 
@@ -54,6 +55,9 @@ class Federation:
         num_train: training examples by client.
         evaluate: called with (server, rounds completed) when an evaluation is due.
         holds: names of the tensors that a client has; a client that is not here has all of them.
+        longest: largest norm of a client's update; 0: any.
+        skips: whether a round goes on without a client whose reply is refused; otherwise the run ends.
+        noise: what is added to the mean; None: nothing.
     """
 
     strategy: Strategy
@@ -63,14 +67,17 @@ class Federation:
     num_train: Mapping[str, int]
     evaluate: Callable[[ServerState, int], None]
     holds: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    longest: float = 0.0
+    skips: bool = False
+    noise: Noise | None = None
 
 
 def run_rounds(federation: Federation, server: ServerState, start: int, recorder: Recorder) -> None:
     """Run rounds `start`, `start + 1`, ... of the schedule, changing `server` in place.
 
     Raises:
-        FederationError: a reply is missing, does not fit, or is not finite and the strategy does not discard it. The last
-            committed round is left as it was.
+        FederationError: a reply is missing, or is refused and the run does not go on without it. The last committed round is
+            left as it was.
     """
     if start == 0:
         introduce(federation, server, recorder)
@@ -86,8 +93,8 @@ def introduce(federation: Federation, server: ServerState, recorder: Recorder) -
     """Ask all clients to describe themselves, if the strategy wants to know."""
     if not federation.strategy.needs_description:
         return
-    clients = tuple(federation.num_train)
-    replies = {reply.client: reply for reply in federation.engine.exchange(Request("describe", 0, c) for c in clients)}
+    requests = (Request("describe", 0, client) for client in federation.num_train)
+    replies = {reply.client: reply for reply in guard.ask(federation.engine.exchange, requests)}
     for reply in replies.values():
         recorder.event({"event": "description", "client": reply.client, "bytes_up": size_by_group({}, reply.extra)})
     federation.strategy.described(server, replies)
@@ -95,35 +102,39 @@ def introduce(federation: Federation, server: ServerState, recorder: Recorder) -
 
 def _round(federation: Federation, server: ServerState, index: int, recorder: Recorder) -> None:
     strategy, sampled = federation.strategy, tuple(federation.schedule[index])
-    down: dict[str, dict[str, int]] = {}
+    post = guard.Post()
     losses: dict[str, tuple[float, int]] = {}
+    discarded = 0
     strategy.begin_round(server)
     started, aggregating = time.perf_counter(), 0.0
-    for reply in federation.engine.exchange(_requests(federation, server, index, sampled, down)):
-        check_reply(reply, index, held(server.shared, federation.holds.get(reply.client)), down)
-        if complaint := not_finite(reply):
-            if not strategy.tolerates_nonfinite:
-                raise FederationError(f"client {reply.client}, round {index}: {complaint}")
-            log.warning("client %s, round %d: %s; its reply is discarded", reply.client, index, complaint)
-            # Its metrics may be no numbers either.
-            told = replace(reply, metrics={"loss": None, "discarded": complaint})
-            recorder.event(_client_event(told, index, down.pop(reply.client)))
+    for reply in federation.engine.exchange(_requests(federation, server, index, post)):
+        asked = post.settle(reply)
+        try:
+            _check(federation, server, index, reply, asked)
+        except FederationError as error:
+            if not _goes_on(federation, error):
+                raise
+            discarded += 1
+            _discard(reply, index, asked, error, recorder)
             continue
         mark = time.perf_counter()
         strategy.receive(server, reply)
         aggregating += time.perf_counter() - mark
         losses[reply.client] = (reply.metrics["loss"], reply.num_examples)
-        recorder.event(_client_event(reply, index, down.pop(reply.client)))
-    if down and not federation.config.min_replies:
-        raise FederationError(f"round {index}: no reply from client {min(down)}")
+        recorder.event(_client_event(reply, index, asked))
+    missing = post.missing()
+    if missing and not federation.config.min_replies:
+        raise FederationError(f"round {index}: no reply from client {missing[0]}")
     if not losses:
-        raise FederationError(f"round {index}: no client's reply is finite")
+        raise FederationError(f"round {index}: no client's reply {'counts' if federation.skips else 'is finite'}")
     mark = time.perf_counter()
+    if federation.noise:
+        strategy.blur(federation.noise.offsets(server.shared, index, len(losses)))
     facts = strategy.end_round(server, index)
-    if down:
-        facts["missing"] = sorted(down)
-    if strategy.tolerates_nonfinite:
-        facts["discarded"] = len(sampled) - len(losses) - len(down)
+    if missing:
+        facts["missing"] = list(missing)
+    if strategy.tolerates_nonfinite or federation.skips:
+        facts["discarded"] = discarded
     aggregating += time.perf_counter() - mark
     total = sum(count for _, count in losses.values())
     seconds = {"train": time.perf_counter() - started - aggregating, "aggregate": aggregating}
@@ -131,23 +142,24 @@ def _round(federation: Federation, server: ServerState, index: int, recorder: Re
     recorder.event({"event": "round", "round": index, "clients": list(sampled), "loss": loss, "seconds": seconds, **facts})
 
 
-def _requests(
-    federation: Federation, server: ServerState, index: int, sampled: Sequence[str], down: dict[str, dict[str, int]]
-) -> Iterator[Request]:
+def _requests(federation: Federation, server: ServerState, index: int, post: guard.Post) -> Iterator[Request]:
     strategy = federation.strategy
     config = federation.config
     settings: dict[str, Any] = {"epochs": config.local_epochs, "steps": config.local_steps, "keep": server.meta.get("keep", [])}
-    clients = sampled
+    clients = sampled = tuple(federation.schedule[index])
     if strategy.pooled:
         # As many examples as the sampled clients would have seen, drawn from everybody's.
         settings["budget"] = sum(federation.num_train[c] for c in sampled)
         settings["steps"] = config.local_steps * len(sampled)
         clients = (POOLED,)
     for client in clients:
-        tensors = held(strategy.start_for(server, client), federation.holds.get(client))
-        extra = strategy.extra_for(server, client)
-        down[client] = size_by_group(tensors, extra)
-        yield Request("train", index, client, tensors, extra, settings)
+        sent = _sent(federation, server, client)
+        yield post.send(Request("train", index, client, sent, strategy.extra_for(server, client), settings))
+
+
+def _sent(federation: Federation, server: ServerState, client: str) -> Mapping[str, Tensor]:
+    """Return the shared tensors that a client is sent in a round; they stay the same until the round ends."""
+    return held(federation.strategy.start_for(server, client), federation.holds.get(client))
 
 
 def held(tensors: Mapping[str, Tensor], names: frozenset[str] | None) -> Mapping[str, Tensor]:
@@ -155,38 +167,32 @@ def held(tensors: Mapping[str, Tensor], names: frozenset[str] | None) -> Mapping
     return tensors if names is None else {name: tensor for name, tensor in tensors.items() if name in names}
 
 
-def check_reply(reply: Reply, round_index: int, shared: Mapping[str, Tensor], asked: Collection[str]) -> None:
-    """Raise FederationError unless `reply` is one of this round's, has a loss, and its tensors fit the model."""
-    who = f"client {reply.client}, round {round_index}"
-    if reply.client not in asked:
-        raise FederationError(f"{who}: a reply that nobody waits for")
-    if reply.kind != "train" or reply.round != round_index:
-        raise FederationError(f"{who}: the reply is for {reply.kind} in round {reply.round}")
-    if reply.num_examples <= 0:
-        raise FederationError(f"{who}: the reply stands for {reply.num_examples} examples")
-    if "loss" not in reply.metrics:
-        raise FederationError(f"{who}: the loss is missing or not finite")
-    if reply.tensors.keys() != shared.keys():
-        odd = min(reply.tensors.keys() ^ shared.keys())
-        raise FederationError(f"{who}: tensor {odd} is {'unknown' if odd in reply.tensors else 'missing'}")
-    for name, tensor in reply.tensors.items():
-        if tensor.shape != shared[name].shape:
-            raise FederationError(f"{who}: tensor {name} has shape {tuple(tensor.shape)}, not {tuple(shared[name].shape)}")
-        if tensor.dtype != shared[name].dtype:
-            raise FederationError(f"{who}: tensor {name} is {tensor.dtype}, not {shared[name].dtype}")
+def _check(federation: Federation, server: ServerState, index: int, reply: Reply, asked: guard.Asked | None) -> None:
+    """Raise FederationError unless a reply counts. Nothing was made of it yet."""
+    guard.check_origin(reply, asked, index)
+    longest = federation.longest
+    # Without a bound only shapes matter, which all clients' tensors have in common.
+    sent = _sent(federation, server, reply.client) if longest else held(server.shared, federation.holds.get(reply.client))
+    guard.check_upload(reply, index, sent, longest)
+    guard.check_extra(reply, index, federation.strategy, server)
 
 
-def not_finite(reply: Reply) -> str:
-    """Return what is not finite in a reply to a training request, in words; nothing if all is."""
-    if not math.isfinite(reply.metrics["loss"]):
-        return "the loss is missing or not finite"
-    # A sum is not finite if any element is not; one pass, no mask in memory. Sums overflow only beyond float32's range.
-    odd = (n for n, t in reply.tensors.items() if t.is_floating_point() and not math.isfinite(float(t.sum())))
-    name = next(odd, None)
-    return "" if name is None else f"tensor {name} is not finite"
+def _goes_on(federation: Federation, error: FederationError) -> bool:
+    """Whether the round goes on without the reply that an error is about."""
+    return federation.skips or (federation.strategy.tolerates_nonfinite and isinstance(error, NotFiniteError))
 
 
-def _client_event(reply: Reply, index: int, down: Mapping[str, int]) -> dict[str, Any]:
+def _discard(reply: Reply, index: int, asked: guard.Asked | None, error: FederationError, recorder: Recorder) -> None:
+    """Log that a reply does not count; of a client that was asked, leave an event too."""
+    log.warning("%s; its reply is discarded", error)
+    if asked is not None:
+        # Nothing that is in it is trusted, not even its metrics: they may be no numbers.
+        complaint = str(error).removeprefix(f"{guard.label(reply, index)}: ")
+        told = replace(reply, client=guard.sender(reply), metrics={"loss": None})
+        recorder.event({**_client_event(told, index, asked), "discarded": complaint})
+
+
+def _client_event(reply: Reply, index: int, asked: guard.Asked | None) -> dict[str, Any]:
     return {
         "event": "client",
         "round": index,
@@ -194,6 +200,6 @@ def _client_event(reply: Reply, index: int, down: Mapping[str, int]) -> dict[str
         "num_examples": reply.num_examples,
         "seconds": reply.seconds,
         "bytes_up": size_by_group(reply.tensors, reply.extra),
-        "bytes_down": dict(down),
+        "bytes_down": dict(asked.sizes) if asked else {},
         **reply.metrics,
     }

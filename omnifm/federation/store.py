@@ -6,7 +6,6 @@ whatever was written in the meantime.
 """
 
 import os
-import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omnifm.errors import CheckpointError, FederationError
-
-CLIENT_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+from omnifm.federation.wire import CLIENT
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -54,7 +52,7 @@ class ClientStore:
         self._folder = folder
 
     def _client_folder(self, client: str) -> Path:
-        if not CLIENT_ID.fullmatch(client):
+        if not CLIENT.fullmatch(client):
             raise FederationError(f"client {client!r}: an id has letters, digits, '_', '-' and '.' only")
         return self._folder / client
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from omnifm.errors import ConfigError
+from omnifm.errors import ConfigError, FederationError
 from omnifm.federation.aggregation import RunningMean, step_towards
 from omnifm.federation.card import Card
 from omnifm.federation.effort import Effort, Phase
@@ -76,6 +76,9 @@ class Strategy:
     """True: one model is trained on the data of all clients, gathered in one place."""
     averages: ClassVar[bool] = True
     """False: no two clients' tensors are ever averaged, so options of averaging are a mistake."""
+    mean_suffices: ClassVar[bool] = False
+    """True: of the shared tensors the server needs the clients' weighted mean alone, never one client's. It is declared, not
+    inherited from FedAvg: a subclass may look at more."""
     tolerates_nonfinite: ClassVar[bool] = False
     """True: a reply that is not finite, or a client whose training is not, is left out of its round, and counted; by default
     it ends the run."""
@@ -147,6 +150,11 @@ class Strategy:
         """Whether clients are asked to `describe` before the first round."""
         return self.neighbourhoods is not None
 
+    @property
+    def uploads(self) -> str:
+        """What a client sends beside its shared tensors, in words; empty: nothing. It matters where `mean_suffices`."""
+        return "its mean spectrum" if self.neighbourhoods else ""
+
     def described(self, server: ServerState, replies: Mapping[str, Reply]) -> None:
         """Take in the descriptions of all clients, once."""
         if self.neighbourhoods:
@@ -178,6 +186,16 @@ class Strategy:
         if self.neighbourhoods:
             self.neighbourhoods.begin_round()
 
+    def vet(self, server: ServerState, reply: Reply) -> None:
+        """Raise FederationError, in words without a name, if what a client sent beside its shared tensors does not fit.
+
+        Called before `receive`; changes nothing, so that the round can go on without the client. A strategy that looks at an
+        upload in `receive` alone ends the run over a bad one.
+        """
+        del server
+        if self.mean_suffices and not self.uploads and reply.extra:
+            raise FederationError(f"tensor {min(reply.extra)} is unknown")
+
     def receive(self, server: ServerState, reply: Reply) -> None:
         """Take in one reply and let go of it."""
         self._mean.add(reply.tensors, self.context.weight(reply.num_examples))
@@ -193,6 +211,10 @@ class Strategy:
     def _holders(self, name: str) -> int:
         """Return how many of the federation's clients have a tensor."""
         return sum(name in self.holds.get(info.id, (name,)) for info in self.context.clients)
+
+    def blur(self, offsets: Mapping[str, Tensor]) -> None:
+        """Move the mean of the round's replies, once, before the server makes anything of it (noise)."""
+        self._mean.shift(offsets)
 
     def end_round(self, server: ServerState, round_index: int) -> dict[str, Any]:
         """Turn what was received into the next state. Returns facts for the round's event."""

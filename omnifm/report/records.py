@@ -52,6 +52,47 @@ class Traffic(_Record):
     bank_down: int = 0
 
 
+class ClientLevel(_Record):
+    """Client-level differential privacy of a run; epsilon is None without noise."""
+
+    epsilon: float | None
+    epsilon_participation_known: float | None
+    delta: float
+    clip: float
+    noise_multiplier: float
+    noise: str
+    clients_per_round: int
+    clients: int
+    rounds: int
+
+
+class ExampleLevel(_Record):
+    """Example-level differential privacy of a run: of the client with the largest epsilon."""
+
+    epsilon: float | None
+    client: str
+    delta: float
+    clip: float
+    noise_multiplier: float
+    noise: str
+
+
+class SecureSum(_Record):
+    """Secure aggregation in a run."""
+
+    threshold: int
+    clients_per_round: int
+    quantum: float
+
+
+class Privacy(_Record):
+    """What a run says of its privacy."""
+
+    client_level: ClientLevel | None = None
+    example_level: ExampleLevel | None = None
+    secure_aggregation: SecureSum | None = None
+
+
 class Metrics(_Record):
     """`metrics.json`."""
 
@@ -72,6 +113,7 @@ class Metrics(_Record):
     seconds: dict[str, float] = {}
     peak_rss_mib: float | None = None
     simulated: bool = False
+    privacy: Privacy | None = None
 
 
 class SplitClient(_Record):

@@ -24,6 +24,7 @@ from omnifm.report.page import (
     number,
     number_cell,
 )
+from omnifm.report.privacy import privacy_section
 from omnifm.report.records import ClientResult, Example, Scores, Views
 
 SIMULATED = "Simulated data. The images were made by a program, not taken from patients: the scores say nothing about real scans."
@@ -37,6 +38,7 @@ def run_page(run: Run) -> Page:
         _clients(run),
         heterogeneity(run),
         _traffic(run),
+        privacy_section(run.metrics.privacy),
         _bank(run),
         _neighbourhoods(run),
         _examples(run),

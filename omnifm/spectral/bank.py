@@ -89,7 +89,10 @@ class KnowledgeBank:
         Raises:
             FederationError: naming the client, if an upload is malformed; the bank is then unchanged.
         """
-        self._check(vectors, client, modality, weight)
+        try:
+            self.check(vectors, modality, weight)
+        except FederationError as error:
+            raise FederationError(f"client {client}: {error}") from None
         n = len(vectors)
         new = BankRows(
             vectors=vectors.detach().float().cpu(),
@@ -118,6 +121,13 @@ class KnowledgeBank:
         Raises:
             FederationError: shapes differ, an id was never given out, or a count is negative or not finite.
         """
+        self.check_counts(row_ids, counts)
+        # One slot per id ever given out would grow with the run; matching against the rows held is bounded.
+        hit = (self._rows.row_id[:, None] == row_ids[None, :]).float()
+        self._rows = replace(self._rows, count=self._rows.count + hit @ counts.float())
+
+    def check_counts(self, row_ids: Tensor, counts: Tensor) -> None:
+        """Raise FederationError where `count` would; changes nothing."""
         if row_ids.ndim != 1 or row_ids.shape != counts.shape:
             raise FederationError(f"retrieval counts: {tuple(row_ids.shape)} row ids for {tuple(counts.shape)} counts")
         known = (row_ids >= 0) & (row_ids < self._next_row_id)
@@ -126,9 +136,22 @@ class KnowledgeBank:
         values = counts.float()
         if not bool((torch.isfinite(values) & (values >= 0)).all()):
             raise FederationError("retrieval counts: a count is negative or not finite")
-        # One slot per id ever given out would grow with the run; matching against the rows held is bounded.
-        hit = (self._rows.row_id[:, None] == row_ids[None, :]).float()
-        self._rows = replace(self._rows, count=self._rows.count + hit @ values)
+
+    def check(self, vectors: Tensor, modality: int, weight: Tensor) -> None:
+        """Raise FederationError where `add` would, without a name; changes nothing."""
+        dim = self._rows.vectors.shape[1]
+        if vectors.ndim != 2 or vectors.shape[1] != dim or weight.shape != vectors.shape[:1]:
+            shapes = f"{tuple(vectors.shape)} with weights {tuple(weight.shape)}"
+            raise FederationError(f"prototypes must be (n, {dim}) with weights (n,), got {shapes}")
+        if not 0 <= modality < self._limits.modalities:
+            raise FederationError(f"modality {modality} is not in [0, {self._limits.modalities})")
+        if not bool(torch.isfinite(vectors).all()):
+            raise FederationError("a prototype is not finite")
+        if not bool((torch.isfinite(weight) & (weight > 0)).all()):
+            raise FederationError("a prototype's weight is not a positive number")
+        longest = float(torch.linalg.vector_norm(vectors.float(), dim=1).max()) if len(vectors) else 0.0
+        if longest > self._rho * (1 + _BALL_TOLERANCE):
+            raise FederationError(f"a prototype of norm {longest:.4g} is outside the ball of {self._rho:g}")
 
     def end_round(self, round_index: int) -> int:
         """Prune to capacity, then age the counts; return how many rows went."""
@@ -156,18 +179,3 @@ class KnowledgeBank:
         if rows.vectors.shape[1] != self._rows.vectors.shape[1]:
             raise CheckpointError(f"bank state: rows of length {rows.vectors.shape[1]}, expected {self._rows.vectors.shape[1]}")
         self._rows, self._next_row_id = rows, next_row_id
-
-    def _check(self, vectors: Tensor, client: int, modality: int, weight: Tensor) -> None:
-        dim = self._rows.vectors.shape[1]
-        if vectors.ndim != 2 or vectors.shape[1] != dim or weight.shape != vectors.shape[:1]:
-            shapes = f"{tuple(vectors.shape)} with weights {tuple(weight.shape)}"
-            raise FederationError(f"client {client}: prototypes must be (n, {dim}) with weights (n,), got {shapes}")
-        if not 0 <= modality < self._limits.modalities:
-            raise FederationError(f"client {client}: modality {modality} is not in [0, {self._limits.modalities})")
-        if not bool(torch.isfinite(vectors).all()):
-            raise FederationError(f"client {client}: a prototype is not finite")
-        if not bool((torch.isfinite(weight) & (weight > 0)).all()):
-            raise FederationError(f"client {client}: a prototype's weight is not a positive number")
-        longest = float(torch.linalg.vector_norm(vectors.float(), dim=1).max()) if len(vectors) else 0.0
-        if longest > self._rho * (1 + _BALL_TOLERANCE):
-            raise FederationError(f"client {client}: a prototype of norm {longest:.4g} is outside the ball of {self._rho:g}")

@@ -19,10 +19,14 @@ JSON = st.recursive(
 )
 
 
+NAMES = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.:/+-]{0,7}", fullmatch=True)
+CLIENTS = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,8}", fullmatch=True)
+
+
 @st.composite
 def tensors(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     found = {}
-    for name in draw(st.lists(st.text(min_size=1, max_size=8), max_size=4, unique=True)):
+    for name in draw(st.lists(NAMES, max_size=4, unique=True)):
         shape = draw(st.lists(st.integers(0, 3), max_size=3))
         dtype = draw(st.sampled_from(DTYPES))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
@@ -34,7 +38,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
 
 
-@given(tensors(), tensors(), st.text(max_size=9), st.dictionaries(st.text(max_size=5), JSON, max_size=3))
+@given(tensors(), tensors(), CLIENTS, st.dictionaries(st.text(max_size=5), JSON, max_size=3))
 def test_a_request_comes_back_bit_for_bit(shared: Tensors, extra: Tensors, client: str, settings: dict[str, Any]) -> None:
     back = decode(encode(Request("train", 3, client, shared, extra, settings)))
     assert isinstance(back, Request) and (back.kind, back.round, back.client) == ("train", 3, client)

@@ -65,7 +65,7 @@ class Quadratic:
             tensors = {n: t + RATE * (own[n] - t) if t.is_floating_point() else t for n, t in request.tensors.items()}
             if self.attack and request.client in HOSTILE:
                 tensors = {n: self.attack(request.tensors[n], t) if t.is_floating_point() else t for n, t in tensors.items()}
-            yield Reply("train", request.round, request.client, 8, tensors, metrics={"loss": 1.0})
+            yield Reply("train", request.round, request.client, 8, tensors, metrics={"loss": 1.0}, nonce=request.nonce)
 
 
 def quadratic(folder: Path, strategy: str, attack: Attack | None, norm: str = "group") -> tuple[Lab, Tensors]:

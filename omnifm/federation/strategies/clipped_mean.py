@@ -13,7 +13,6 @@ not finite is left out and counted. Nothing is sent besides the model. The serve
 is over all weights that a client holds; running statistics are no part of it and take the median.
 """
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -22,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from omnifm.federation import robust
-from omnifm.federation.aggregation import RunningMean
+from omnifm.federation.aggregation import RunningMean, shortened, update_norm
 from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import ServerState
@@ -43,15 +42,12 @@ class ClippedMean(robust.Robust):
     options: ClippedMeanOptions
 
     def _combine(self, server: ServerState, replies: Sequence[Reply]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        norms = [math.sqrt(robust.square_distance(reply.tensors, server.shared, reply.tensors)) for reply in replies]
+        norms = [update_norm(reply.tensors, server.shared) for reply in replies]
         bound = self.options.bound or statistics.median(norms)
         mean = RunningMean()
         clipped = []
         for reply, norm in zip(replies, norms, strict=True):
-            tensors = reply.tensors
             if norm > bound:
                 clipped.append(reply.client)
-                start = {name: server.shared[name].double() for name in tensors}
-                tensors = {name: start[name].lerp(t.double(), bound / norm).to(t.dtype) for name, t in tensors.items()}
-            mean.add(tensors, self.context.weight(reply.num_examples))
+            mean.add(shortened(reply.tensors, server.shared, bound), self.context.weight(reply.num_examples))
         return mean.value(), {"bound": bound, "clipped": clipped}

@@ -44,6 +44,7 @@ class Ditto(Strategy):
     )
     Options: ClassVar[type[StrategyOptions]] = DittoOptions
     options: DittoOptions
+    mean_suffices: ClassVar[bool] = True
 
     def begin(self, job: LocalJob) -> None:
         """Before training, put v_i and theta^t aside; before a score, put v_i into the model."""

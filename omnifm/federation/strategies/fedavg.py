@@ -14,3 +14,4 @@ class FedAvg(Strategy):
     """Every hook is the default."""
 
     card: ClassVar[Card] = Card(paper="McMahan et al., AISTATS 2017")
+    mean_suffices: ClassVar[bool] = True

@@ -23,6 +23,7 @@ class FedBN(Strategy):
     """BatchNorm layers are private."""
 
     card: ClassVar[Card] = Card(paper="Li et al., ICLR 2021", private="BatchNorm", needs="a network with BatchNorm")
+    mean_suffices: ClassVar[bool] = True
 
     def private(self, model: Model) -> frozenset[str]:
         """All tensors of BatchNorm layers. Raises ConfigError if there are none."""

@@ -127,6 +127,7 @@ class FedDAT(Strategy):
     )
     Options: ClassVar[type[StrategyOptions]] = FedDATOptions
     options: FedDATOptions
+    mean_suffices: ClassVar[bool] = True
 
     def __init__(self, options: FedDATOptions, context: Context) -> None:
         super().__init__(options, replace(context, weighting="equal"))

@@ -16,6 +16,7 @@ class FedPer(Strategy):
     """The head is private."""
 
     card: ClassVar[Card] = Card(paper="Arivazhagan et al., 2019", private="head")
+    mean_suffices: ClassVar[bool] = True
 
     def private(self, model: Model) -> frozenset[str]:
         """The head, or the last layers that the task calls its own."""

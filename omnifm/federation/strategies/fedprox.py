@@ -27,6 +27,7 @@ class FedProx(Strategy):
     card: ClassVar[Card] = Card(paper="Li et al., MLSys 2020", search={"mu": (0.001, 0.01, 0.1, 1.0)})
     Options: ClassVar[type[StrategyOptions]] = FedProxOptions
     options: FedProxOptions
+    mean_suffices: ClassVar[bool] = True
 
     def begin(self, job: LocalJob) -> None:
         """Put theta^t where the model is, once."""

@@ -44,6 +44,7 @@ class FedRep(Strategy):
     card: ClassVar[Card] = Card(paper="Collins et al., ICML 2021", private="head", search={"head_share": (0.2, 0.4, 0.6, 0.8)})
     Options: ClassVar[type[StrategyOptions]] = FedRepOptions
     options: FedRepOptions
+    mean_suffices: ClassVar[bool] = True
 
     def private(self, model: Model) -> frozenset[str]:
         """The head."""

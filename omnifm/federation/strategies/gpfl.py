@@ -82,6 +82,7 @@ class GPFL(Strategy):
     card: ClassVar[Card] = Card(paper="Zhang et al., ICCV 2023", private="head", search={"lam": (1e-4, 1e-2), "mu": (0.0, 0.1)})
     Options: ClassVar[type[StrategyOptions]] = GPFLOptions
     options: GPFLOptions
+    mean_suffices: ClassVar[bool] = True
 
     def setup(self, model: Model) -> None:
         """Add CoV and one embedding per class, or per modality where classes have no numbers."""

@@ -74,6 +74,7 @@ class MOON(Strategy):
     card: ClassVar[Card] = Card(paper="Li et al., CVPR 2021", private="its last model", search={"mu": (0.1, 1.0, 5.0, 10.0)})
     Options: ClassVar[type[StrategyOptions]] = MOONOptions
     options: MOONOptions
+    mean_suffices: ClassVar[bool] = True
 
     def setup(self, model: Model) -> None:
         """Add P."""

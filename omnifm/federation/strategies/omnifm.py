@@ -102,6 +102,7 @@ class OmniFM(Strategy):
     )
     Options: ClassVar[type[StrategyOptions]] = OmniFMOptions
     options: OmniFMOptions
+    mean_suffices: ClassVar[bool] = True
 
     def __init__(self, options: OmniFMOptions, context: Context) -> None:
         super().__init__(options, context)
@@ -231,22 +232,34 @@ class OmniFM(Strategy):
         super().begin_round(server)
         self._open = self._bank(server)
 
+    @property
+    def uploads(self) -> str:
+        """Prototypes and retrieval counts, where the bank is used."""
+        return "prototypes of its images" if self._uses_bank else super().uploads
+
+    def vet(self, server: ServerState, reply: Reply) -> None:
+        """Judge prototypes and retrieval counts. Whose rows they are is the sender's, not for the upload to say."""
+        extra = reply.extra
+        wanted = _UPLOAD | (_RETRIEVALS if _RETRIEVALS & extra.keys() else set()) if self._uses_bank else set()
+        if odd := wanted ^ extra.keys():
+            raise FederationError(f"tensor {min(odd)} is {'missing' if min(odd) in wanted else 'unknown'}")
+        if not self._uses_bank:
+            return
+        if len(extra["prototypes/weight"]) > self.options.bank.prototypes:
+            raise FederationError(
+                f"{len(extra['prototypes/weight'])} prototypes, at most {self.options.bank.prototypes} are taken"
+            )
+        modality = self.context.modality_index(reply.client)
+        self._open.check(extra["prototypes/vectors"], modality, extra["prototypes/weight"])
+        if wanted >= _RETRIEVALS:
+            self._open.check_counts(extra["retrievals/row_id"], extra["retrievals/count"])
+
     def receive(self, server: ServerState, reply: Reply) -> None:
         """Add prototypes and retrieval counts to the bank, tensors to the mean."""
         super().receive(server, reply)
         if not self._uses_bank:
             return
-        try:
-            self._learn(reply)
-        except FederationError as error:
-            # The bank knows clients by number; people know them by name.
-            raise FederationError(f"client {reply.client}, round {reply.round}: {error}") from None
-
-    def _learn(self, reply: Reply) -> None:
-        retrievals = _RETRIEVALS if _RETRIEVALS & reply.extra.keys() else set()
-        if missing := (_UPLOAD | retrievals) - reply.extra.keys():
-            raise FederationError(f"tensor {min(missing)} is missing")
-        if retrievals:
+        if reply.extra.keys() >= _RETRIEVALS:
             self._open.count(reply.extra["retrievals/row_id"], reply.extra["retrievals/count"])
         client, modality = self.context.client_index(reply.client), self.context.modality_index(reply.client)
         vectors, weight = reply.extra["prototypes/vectors"], reply.extra["prototypes/weight"]

@@ -84,15 +84,20 @@ class Scaffold(Strategy):
         super().begin_round(server)
         self._changes: dict[str, Tensor] = {}
 
-    def receive(self, server: ServerState, reply: Reply) -> None:
-        """Count the client's parameters once, and add up the change of its control variates."""
-        self._receive_uniform(reply)
+    def vet(self, server: ServerState, reply: Reply) -> None:
+        """Judge the change of the control variates."""
         for name in reply.tensors.keys() - self.buffers:
             change = reply.extra.get(CHANGE + name)
             shape = reply.tensors[name].shape
             if change is None or change.shape != shape or not bool(change.isfinite().all()):
                 what = "missing" if change is None else "not finite" if change.shape == shape else "of another shape"
-                raise FederationError(f"client {reply.client}, round {reply.round}: tensor {CHANGE + name} is {what}")
+                raise FederationError(f"tensor {CHANGE + name} is {what}")
+
+    def receive(self, server: ServerState, reply: Reply) -> None:
+        """Count the client's parameters once, and add up the change of its control variates."""
+        self._receive_uniform(reply)
+        for name in reply.tensors.keys() - self.buffers:
+            change = reply.extra[CHANGE + name]
             known = self._changes.get(name)
             self._changes[name] = change.double() if known is None else known.add_(change)
 

@@ -1,0 +1,97 @@
+"""What client-level noise is worth: epsilon for a delta, by Renyi accounting (the `dp-accounting` package, extra `privacy`).
+
+    M(D) = sum_{i in S} clip(Delta_i, C) + N(0, (z C)^2 I),      S: m of n clients, drawn without replacement, T rounds
+
+Neighbours: two federations of n clients of which one client's data differ (replace one). The sum then moves by at most
+2 C (1 + slack), so the mechanism's noise is z / (2 (1 + slack)) sensitivities. Y.-X. Wang, B. Balle, S. Kasiviswanathan,
+"Subsampled Renyi differential privacy and analytical moments accountant", AISTATS 2019, Theorem 27, for the sampling; I. Mironov,
+"Renyi differential privacy", CSF 2017, for the composition. Example: H. B. McMahan et al., "Learning differentially private
+recurrent language models", ICLR 2018, with sampling by coin instead.
+
+Sampling helps against whoever does not know who took part. Against the others a client's loss is that of its own rounds, and the
+bound is that of the client with most of them: `participation_known`.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from omnifm.errors import ConfigError
+
+SLACK = 1e-3
+"""By how much a clipped update may be longer than C: rounding of weights to float32, of sums to a ring."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Epsilon of a run.
+
+    Attributes:
+        epsilon: for whoever does not know who took part in which round.
+        participation_known: for whoever does.
+    """
+
+    epsilon: float
+    participation_known: float
+
+
+def spent(noise_multiplier: float, delta: float, clients: int, schedule: Sequence[Sequence[str]]) -> Spent:
+    """Return epsilon of a schedule whose rounds all have one size; infinite without noise.
+
+    Args:
+        noise_multiplier: z.
+        delta: of the guarantee.
+        clients: n, of the federation.
+        schedule: who takes part, by round.
+
+    Raises:
+        ConfigError: the extra is not installed.
+        ValueError: rounds differ in size.
+    """
+    sizes = {len(names) for names in schedule}
+    if len(sizes) != 1:
+        raise ValueError(f"rounds of {sorted(sizes)} clients")
+    if not noise_multiplier:
+        return Spent(math.inf, math.inf)
+    most = max(Counter(name for names in schedule for name in names).values())
+    known = epsilon(noise_multiplier, delta, most)
+    size = sizes.pop()
+    sampled = epsilon(noise_multiplier, delta, len(schedule), (size, clients)) if size < clients else known
+    # Both hold for whoever does not know the schedule, so the smaller does.
+    return Spent(min(sampled, known), known)
+
+
+def epsilon_of_examples(noise_multiplier: float, delta: float, steps: int, rate: float) -> float:
+    """Return epsilon of so many steps of DP-SGD, each example drawn with probability `rate`; infinite without noise.
+
+    Neighbours: one example more or less (the number of examples counts as known). I. Mironov, K. Talwar, L. Zhang, "Renyi
+    differential privacy of the sampled Gaussian mechanism", arXiv 1908.10530, 2019.
+    """
+    if not noise_multiplier:
+        return math.inf
+    accounting = _library()
+    accountant = accounting.rdp.RdpAccountant(neighboring_relation=accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant.compose(accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise_multiplier)), steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def _library() -> Any:
+    try:
+        return import_module("dp_accounting")
+    except ModuleNotFoundError:
+        raise ConfigError("the accounting of privacy needs the extra: pip install 'omnifm[privacy]'") from None
+
+
+def epsilon(noise_multiplier: float, delta: float, rounds: int, sampling: tuple[int, int] | None = None) -> float:
+    """Return epsilon of so many rounds, with a draw of m of n (`sampling`) or with the client in all of them."""
+    accounting = _library()
+    relation = accounting.NeighboringRelation.REPLACE_ONE
+    event = accounting.GaussianDpEvent(noise_multiplier / (2 * (1 + SLACK)))
+    if sampling:
+        event = accounting.SampledWithoutReplacementDpEvent(sampling[1], sampling[0], event)
+    accountant = accounting.rdp.RdpAccountant(neighboring_relation=relation)
+    accountant.compose(event, rounds)
+    return float(accountant.get_epsilon(delta))
