@@ -1,4 +1,4 @@
-"""What is known of a run across machines while it runs: `status.json` in its folder, replaced as a whole."""
+"""What is known of a run across machines while it runs: `status.json` and `status.html` in its folder, replaced as a whole."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -6,8 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from omnifm.deploy.words import page
 from omnifm.engines.remote import Account
-from omnifm.track.folder import write_json
+from omnifm.track.folder import write_json, write_text
 
 STATUS_FILE = "status.json"
 _LEAST_SECONDS = 0.5
@@ -62,4 +63,6 @@ class Board:
     def write(self) -> None:
         """Write now."""
         self._written = self._clock()
-        write_json(self._path, {**self._facts, "written": self._written, "clients": self._clients})
+        facts = {**self._facts, "written": self._written, "clients": self._clients}
+        write_json(self._path, facts)
+        write_text(self._path.with_suffix(".html"), page(facts))

@@ -12,7 +12,7 @@ from omnifm.deploy.app import CONNECTION, write_app, write_home
 from omnifm.deploy.certs import Folder, require_cryptography
 from omnifm.deploy.data import public
 from omnifm.deploy.processes import Child, environment, is_open, last_words, program, require_flower, require_loopback
-from omnifm.deploy.server import CONFIG, JOB, Job, is_locked
+from omnifm.deploy.server import CONFIG, JOB, Job, is_locked, locked
 from omnifm.errors import CheckpointError, ConfigError, FederationError
 from omnifm.run import require_usable
 from omnifm.track.folder import read_json, write_config, write_text
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _START_SECONDS = 60.0
 _LOOK_SECONDS = 1.0
+_SOON_SECONDS = 30.0
 _PATIENCE_SECONDS = 180.0
 """Time that the server's program may take to start before it is started again."""
 _MOST_RESTARTS = 5
@@ -66,28 +67,37 @@ class Server:
         Raises:
             OmnifmError: it cannot start, or the run ended in an error.
         """
-        try:
-            self._prepare()
-            self._start_superlink()
-            while not self.job.outcome.is_file():
-                time.sleep(_LOOK_SECONDS)
-                self._look_after()
-        finally:
-            if self._superlink is not None:
-                self._superlink.stop()
+        self._make_folder()
+        with locked(self.job.serving):
+            try:
+                self._prepare()
+                self._start_superlink()
+                while not self.job.outcome.is_file():
+                    time.sleep(_LOOK_SECONDS)
+                    self._look_after()
+            finally:
+                if self._superlink is not None:
+                    self._superlink.stop()
         outcome = read_json(self.job.outcome)
         if not outcome["ok"]:
             raise FederationError(str(outcome["message"]))
 
-    def _prepare(self) -> None:
-        """Claim the run folder and write what Flower needs."""
-        if is_open(self._here, self.port):
-            raise ConfigError(f"--port {self.port}: another program listens there")
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _make_folder(self) -> None:
+        """Make the run folder this run's."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: cannot be made ({error.strerror})") from None
         if not (self.out / CONFIG).is_file():
             write_config(self.out / CONFIG, dump(self.config))
-        if is_locked(self.job.lock):
+
+    def _prepare(self) -> None:
+        """Wait for who worked here before, and write what Flower needs."""
+        # Programs of a server that was killed a moment ago may still be on their way out.
+        if not _soon(lambda: not is_locked(self.job.lock)):
             raise CheckpointError(f"{self.out}: another server works in this folder")
+        if not _soon(lambda: not is_open(self._here, self.port)):
+            raise ConfigError(f"--port {self.port}: another program listens there")
         self.job.outcome.unlink(missing_ok=True)
         write_text(self.folder / "job.json", self.job.model_dump_json())
         write_app(self.folder / "app")
@@ -102,6 +112,8 @@ class Server:
         return environment(self.folder / "home", **{JOB: str(self.folder / "job.json")})
 
     def _start_superlink(self) -> None:
+        write_text(self.job.ticket, f"{time.time_ns()}\n")
+        _soon(lambda: not is_locked(self.job.lock))  # the program of a SuperLink before ends with its ticket
         command = [program("flower-superlink"), "--host", self.host, "--port", str(self.port)]
         command += ["--database", str(self.folder / "superlink.db"), "--disable-runtime-dependency-installation"]
         if self.certs:
@@ -150,6 +162,7 @@ class Server:
         assert self._superlink is not None
         if not self._superlink.alive():
             self._count_restart("the SuperLink died")
+            self._superlink.stop()
             self._start_superlink()
         elif is_locked(self.job.lock):
             self._deadline = 0.0  # it runs
@@ -163,6 +176,14 @@ class Server:
             words = last_words(self.folder / "superlink.log", 3)
             raise FederationError(f"{what} {self._restarts} times, the last time saying: {words}")
         self.say(f"{what}; going on from the last round")
+
+
+def _soon(condition: Callable[[], bool]) -> bool:
+    """Wait a little until something is so; return whether it is."""
+    end = time.monotonic() + _SOON_SECONDS
+    while not (found := condition()) and time.monotonic() < end:
+        time.sleep(0.5)
+    return found
 
 
 def make_server(

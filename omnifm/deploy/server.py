@@ -4,6 +4,8 @@ import fcntl
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from omnifm.track.folder import write_json
 
 log = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 1.0
 CONFIG = "config.toml"
 JOB = "OMNIFM_SERVER"
 """Environment variable with the file that says what to serve."""
@@ -53,6 +56,16 @@ class Job(BaseModel):
         """The file that is locked while the program runs."""
         return self.out / "flower" / "server.lock"
 
+    @property
+    def serving(self) -> Path:
+        """The file that `serve` locks while it runs."""
+        return self.out / "flower" / "serve.lock"
+
+    @property
+    def ticket(self) -> Path:
+        """The file that `serve` changes when it starts another SuperLink; programs of the one before are to end."""
+        return self.out / "flower" / "ticket"
+
 
 def read_job(path: Path) -> Job:
     """Read a job. Raises CheckpointError if it is none."""
@@ -69,6 +82,7 @@ def main(carrier: Carrier) -> None:
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     job = read_job(Path(os.environ[JOB]))
     with locked(job.lock):
+        threading.Thread(target=_end_with_serve, args=(job, _text(job.ticket)), daemon=True).start()
         try:
             serve_job(job, carrier)
             write_json(job.outcome, {"ok": True, "message": ""})
@@ -78,6 +92,21 @@ def main(carrier: Carrier) -> None:
             log.exception("the server's program failed")
             write_json(job.outcome, {"ok": False, "message": f"the server's program failed ({type(error).__name__}: {error})"})
             raise
+
+
+def _end_with_serve(job: Job, ticket: str) -> None:
+    """End this process when `serve` is gone or has given up this SuperLink.
+
+    Flower itself looks whether the parent's number is in use, which a process that nobody has reaped keeps.
+    """
+    while is_locked(job.serving) and _text(job.ticket) == ticket:
+        time.sleep(_LOOK_SECONDS)
+    log.warning("nobody serves this run any more; the last whole round is on disk")
+    os._exit(1)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def serve_job(job: Job, carrier: Carrier) -> None:

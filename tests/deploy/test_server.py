@@ -1,6 +1,10 @@
 """The server without data and hospitals with theirs leave what a run in one process leaves, whatever happens on the way."""
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from omnifm.track.folder import write_config
 from tests.deploy.post import Bay, Post, open_bays
 from tests.run import jobs
 
+ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = ("scan-0", "scan-1", "echo-0", "echo-1")
 
 
@@ -90,9 +95,10 @@ class Killed(Exception):
     """The end of the server's process."""
 
 
-def test_a_server_that_is_killed_goes_on_from_its_last_round(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_killed_goes_on_from_its_last_round(
+    data: Path, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = jobs.config(data, "omnifm")
-    run.execute(config, tmp_path / "one")
     post = Post(open_bays(data, tmp_path / "hospitals", CLIENTS))
 
     send, count = post.send, 0
@@ -223,12 +229,14 @@ def test_an_outcome_is_left_whatever_it_is(data: Path, tmp_path: Path, monkeypat
     job = Job(out=out, clients=CLIENTS, certs=None)
     (out / "flower" / "job.json").write_text(job.model_dump_json())
     monkeypatch.setenv("OMNIFM_SERVER", str(out / "flower" / "job.json"))
+    monkeypatch.setattr("omnifm.deploy.server._end_with_serve", lambda job, ticket: None)
     post = Post(open_bays(data, tmp_path / "hospitals", CLIENTS))
     monkeypatch.setattr(post, "take", lambda parcels: (_ for _ in ()).throw(FederationError("no\nluck")))
     main(post)
     assert json.loads(job.outcome.read_text()) == {"ok": False, "message": "no luck"}
     monkeypatch.undo()
     monkeypatch.setenv("OMNIFM_SERVER", str(out / "flower" / "job.json"))
+    monkeypatch.setattr("omnifm.deploy.server._end_with_serve", lambda job, ticket: None)
     _quick_again(monkeypatch)
     main(Post(open_bays(data, tmp_path / "hospitals", CLIENTS)))
     assert json.loads(job.outcome.read_text()) == {"ok": True, "message": ""}
@@ -252,3 +260,33 @@ def test_status_of_nothing_is_one_line(tmp_path: Path) -> None:
         read_status(tmp_path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_job(tmp_path / "job.json")
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from omnifm.deploy import server
+server.serve_job = lambda job, carrier: (print("up", flush=True), time.sleep(600))
+server.main(None)
+"""
+
+
+@pytest.mark.parametrize("how", ["serve ends", "another SuperLink"])
+def test_the_server_program_ends_with_who_serves(tmp_path: Path, how: str) -> None:
+    out = tmp_path / "run"
+    (out / "flower").mkdir(parents=True)
+    job = Job(out=out, clients=CLIENTS, certs=None)
+    (out / "flower" / "job.json").write_text(job.model_dump_json())
+    job.ticket.write_text("1")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMNIFM_SERVER": str(out / "flower" / "job.json")}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(job.serving))
+        program = subprocess.Popen([sys.executable, "-c", PROGRAM], env=env, stdout=subprocess.PIPE, text=True)
+        assert program.stdout is not None and program.stdout.readline() == "up\n"
+        if how == "serve ends":
+            stack.pop_all().close()
+        else:
+            job.ticket.write_text("2")
+        assert program.wait(timeout=60) == 1
+        program.stdout.close()
+    assert not is_locked(job.lock) and not job.outcome.exists()

@@ -77,27 +77,34 @@ class Served:
         return int(json.loads(path.read_text())["rounds_completed"]) if path.is_file() else 0
 
 
-def server_program(serving: subprocess.Popen[bytes]) -> psutil.Process:
-    return next(p for p in relatives(serving) if any("flwr-serverapp" in part for part in p.cmdline()))
+def program_of(serving: subprocess.Popen[bytes], name: str) -> psutil.Process:
+    """Return the process in which one of Flower's programs runs, which is not the leash it is on."""
+    found = [(p, p.cmdline()) for p in relatives(serving)]
+    return next(p for p, words in found if "omnifm.deploy.leash" not in words and any(w.endswith(f"/{name}") for w in words))
 
 
 @pytest.mark.slow
-def test_the_tutorial_and_a_killed_server_leave_what_one_process_leaves(place: Loopback, data: Path) -> None:
+def test_the_tutorial_with_killed_servers_leaves_what_one_process_leaves(place: Loopback, data: Path) -> None:
     from omnifm.config import parse
     from omnifm.run import execute
 
-    jobs.write_toml(place.folder / "job.toml", raw(data))
+    job = raw(data, rounds=3)
+    jobs.write_toml(place.folder / "job.toml", job)
     keys = [word for client in CLIENTS for word in ("--client", client)]
     assert place.omnifm("certs", "certs", "--host", "localhost", *keys).wait() == 0
     served = Served(place, free_port(), data, safe=True)
     serving = served.serve()
     hospitals = [served.join(client) for client in CLIENTS]
-    execute(parse(raw(data)), place.folder / "one")
+    execute(parse(job), place.folder / "one")
     place.wait(lambda: served.committed() >= 1, START + ROUND, "a first round")
-    server_program(serving).kill()
+    program_of(serving, "flower-superlink").kill()
+    place.wait(lambda: served.committed() >= 2, START + ROUND, "a second round")
+    assert "the SuperLink died; going on from the last round" in place.said("serve")
+    serving.kill()
+    serving.wait()
+    serving = served.serve("--resume")
     place.wait(lambda: serving.poll() is not None, START + 5 * ROUND, "the end of the run")
     assert serving.returncode == 0, place.said("serve")
-    assert "the server's program died; going on from the last round" in place.said("serve")
     assert "fedper, test split" in place.said("serve") and (served.run / "report.html").is_file()
     for name in ("last.json", "best.json"):
         one, other = (json.loads((run / "checkpoint" / name).read_text()) for run in (served.run, place.folder / "one"))
@@ -111,7 +118,9 @@ def test_the_tutorial_and_a_killed_server_leave_what_one_process_leaves(place: L
         ours = sorted((place.folder / f"hospital-{client}" / "private" / client).glob("*"))[-1]
         assert jobs.contents(ours) == jobs.contents(place.folder / "one" / "checkpoint" / "clients" / client / ours.name)
     assert place.omnifm("status", "run").wait() == 0
-    assert "finished, round 2 of 2" in place.said("status")
+    assert "finished, round 3 of 3" in place.said("status")
+    trained = [(e["round"], e["client"]) for e in served.events("client")]
+    assert len(trained) == len(set(trained)) == 9
     kin = [child for hospital in hospitals for child in relatives(hospital)]
     for hospital in hospitals:
         hospital.terminate()
@@ -123,8 +132,8 @@ def test_the_tutorial_and_a_killed_server_leave_what_one_process_leaves(place: L
 
 
 @pytest.mark.slow
-def test_a_round_goes_on_without_a_node_that_was_killed(place: Loopback, data: Path) -> None:
-    job = raw(data, rounds=2, min_replies=2, deadline=8, evaluate_every=2)
+def test_rounds_go_on_without_a_node_and_after_a_server_program_that_were_killed(place: Loopback, data: Path) -> None:
+    job = raw(data, rounds=3, min_replies=2, deadline=8, evaluate_every=3)
     jobs.write_toml(place.folder / "job.toml", job)
     served = Served(place, free_port(), data, safe=False)
     serving = served.serve()
@@ -132,10 +141,13 @@ def test_a_round_goes_on_without_a_node_that_was_killed(place: Loopback, data: P
     place.wait(lambda: served.committed() >= 1, START + ROUND, "a first round")
     kin = relatives(hospitals["echo-0"])
     hospitals["echo-0"].kill()
+    place.wait(lambda: served.committed() >= 2, 2 * ROUND, "a second round")
+    program_of(serving, "flwr-serverapp").kill()
     place.wait(lambda: serving.poll() is not None, START + 5 * ROUND, "the end of the run")
     assert serving.returncode == 0, place.said("serve")
     rounds = served.events("round")
-    assert len(rounds) == 2 and rounds[1]["missing"] == ["echo-0"]
+    assert len(rounds) == 3 and rounds[1]["missing"] == ["echo-0"]
+    assert "the server's program died; going on from the last round" in place.said("serve")
     trained = [(e["round"], e["client"]) for e in served.events("client")]
     assert len(trained) == len(set(trained))
     psutil.wait_procs(kin, timeout=20)

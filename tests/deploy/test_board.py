@@ -1,0 +1,48 @@
+"""What the board says: at the terminal, in JSON and as a page."""
+
+import json
+from pathlib import Path
+
+from omnifm.deploy.board import Board
+from omnifm.deploy.status import read_status, table
+from omnifm.deploy.words import COLUMNS
+from omnifm.engines.remote import Account
+
+
+def test_it_says_who_is_late_and_why_on_page_and_terminal(tmp_path: Path) -> None:
+    now = [1000.0]
+    board = Board(tmp_path, ["a", "b"], lambda: now[0])
+    board.write()
+    assert read_status(tmp_path, 1007.0).headline == (
+        "not running (last state: waiting for hospitals), round 0 of 0, as of 7 s ago"
+    )
+    board.state("training")
+    board.heard("b", connected=True, said="cohort <b>: is not a folder")
+    board.heard("nobody", connected=True)
+    board.event({"event": "start", "completed": 2, "rounds": 9, "primary": "dice"})
+    board.event({"event": "round", "round": 2, "loss": 0.5})
+    board.event({"event": "evaluation", "personal": {"dice": None}})
+    board.event({"event": "client"})
+    now[0] += 1
+    board.accounts({"a": Account(replies=3, late=1, bytes_up=3 * 2**20, waiting="train, round 3", trouble="was restarted")})
+    found = read_status(tmp_path, now[0])
+    assert found.headline.startswith("not running (last state: training), round 3 of 9, loss 0.500")
+    assert found.clients["a"] == ("a", "no", "train, round 3", "3", "1", "0", "0", "0.0", "3.0", "0.0", "was restarted")
+    assert found.clients["b"][1] == "yes" and found.clients["b"][-1] == "cohort <b>: is not a folder"
+    assert table(found).row_count == 2
+    page = (tmp_path / "status.html").read_text()
+    assert "cohort &lt;b&gt;: is not a folder" in page and 'http-equiv="refresh"' in page
+    assert all(column in page for column in COLUMNS)
+    board.state("finished")
+    assert "refresh" not in (tmp_path / "status.html").read_text()
+
+
+def test_it_writes_at_most_twice_a_second_while_bytes_flow(tmp_path: Path) -> None:
+    now = [0.0]
+    board = Board(tmp_path, ["a"], lambda: now[0])
+    board.write()
+    board.accounts({"a": Account(replies=1)})
+    assert json.loads((tmp_path / "status.json").read_text())["clients"]["a"]["replies"] == 0
+    now[0] += 0.6
+    board.accounts({"a": Account(replies=2)})
+    assert json.loads((tmp_path / "status.json").read_text())["clients"]["a"]["replies"] == 2
