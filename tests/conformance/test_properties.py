@@ -7,16 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from omnifm import build
 from omnifm.build import STRATEGIES
-from omnifm.config import parse, parse_override, put
 from omnifm.federation.client import POOLED, STATE
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import LocalJob, ServerState
 from omnifm.federation.strategy import Strategy
 from omnifm.spectral.psp import Suffix
 from omnifm.tasks.base import Batch
-from omnifm.tune import SIZE, grid
 from tests.support import HOSPITALS, NEEDS, Ahead, Altered, Hospital, Lab, Spy, Wire, differing, make_lab, spy
 
 pytestmark = pytest.mark.parametrize("strategy", sorted(STRATEGIES))
@@ -107,29 +104,6 @@ def test_private_tensors_never_travel_and_every_shared_one_does(strategy: str, b
         assert set(reply.tensors) == (set(sharing.shared) if reply.kind == "train" else set())
     for request in spy(lab).requests:
         assert set(request.tensors) == (set() if request.kind == "describe" else set(sharing.shared))
-
-
-def test_its_card_says_what_it_keeps_and_sends(strategy: str, tmp_path: Path) -> None:
-    """What `omnifm list strategies` prints, held against a run."""
-    lab = make_lab(tmp_path, strategy, engine=Spy, **NEEDS.get(strategy, {}))
-    server = lab.run()
-    card, messages = lab.strategy.card, spy(lab)
-    assert bool(card.private) == any(lab.private(h.id) for h in HOSPITALS)
-    assert bool(card.up) == any(reply.extra for reply in messages.replies)
-    assert bool(card.down) == any(request.extra for request in messages.requests if request.kind == "train")
-    assert bool(card.server) == bool(server.extra)
-    assert card.paper
-
-
-def test_its_search_is_as_large_as_any(strategy: str, tmp_path: Path) -> None:
-    lab = make_lab(tmp_path, strategy, **NEEDS.get(strategy, {}))
-    configs = grid(strategy, lab.config)
-    assert len(set(configs)) == SIZE
-    for overrides in configs:
-        raw = lab.config.model_dump()
-        for override in overrides:
-            put(raw, *parse_override(override))
-        build.strategy_options(parse(raw))
 
 
 def test_what_is_for_training_alone_is_sent_for_training_alone(strategy: str, tmp_path: Path) -> None:
