@@ -13,9 +13,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omnifm.errors import CheckpointError, ConfigError
 from omnifm.federation.store import CLIENT_ID
+
+if TYPE_CHECKING:
+    from cryptography.x509 import GeneralName
 
 DAYS = 365
 _HERE = ("localhost", "127.0.0.1")
@@ -152,7 +156,7 @@ def _make_server(folder: Folder, hosts: Sequence[str], days: int) -> None:
         _write(path, builder.sign(authority, hashes.SHA384()).public_bytes(serialization.Encoding.PEM))
 
 
-def _general_name(host: str) -> object:
+def _general_name(host: str) -> "GeneralName":
     from cryptography import x509
 
     try:
