@@ -21,6 +21,9 @@ from omnifm.federation.wire import CLIENT
 if TYPE_CHECKING:
     from cryptography.x509 import GeneralName
 
+if TYPE_CHECKING:
+    from cryptography.x509 import GeneralName
+
 DAYS = 365
 _HERE = ("localhost", "127.0.0.1")
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omnifm.engines.calls import Call, pack, unpack
@@ -17,6 +17,8 @@ _PAUSE_SECONDS = 0.5
 _AGAIN_SECONDS = 10.0
 """Pause before a node that could not introduce itself is asked again."""
 
+_AWAY = Node(0, since="before the server was started again")
+
 Heard = Callable[..., None]
 
 
@@ -28,15 +30,23 @@ class Roster:
         keys: by client, its public key; empty on one machine without keys.
         config: what a hospital needs to introduce itself.
         heard: called with a client, `connected` and `said`.
+        before: what clients said before the server was started again; who is away now need not say it again.
     """
 
-    def __init__(self, carrier: Carrier, keys: Mapping[str, bytes], config: Mapping[str, Any], heard: Heard) -> None:
+    def __init__(
+        self,
+        carrier: Carrier,
+        keys: Mapping[str, bytes],
+        config: Mapping[str, Any],
+        heard: Heard,
+        before: Sequence[Introduction] = (),
+    ) -> None:
         self._carrier, self._keys, self._heard = carrier, dict(keys), heard
         self._client_of_key = {key: client for client, key in keys.items() if key}
         self._question = pack(Call("introduce", {"config": config}))
         self._asked: dict[Node, float] = {}
         self._parcels: dict[str, Node] = {}
-        self._known: dict[str, tuple[Node, Introduction]] = {}
+        self._known = {one.client: (_AWAY, one) for one in before if one.client in keys}
 
     def gather(self) -> list[Introduction]:
         """Wait until every expected client has introduced itself; return the introductions."""

@@ -1,6 +1,7 @@
 """The server's program, which Flower's ServerApp runs. Without data, it waits for the hospitals and runs the one round loop."""
 
 import fcntl
+import json
 import logging
 import os
 import sys
@@ -21,7 +22,8 @@ from omnifm.deploy.roster import Roster
 from omnifm.engines.parcels import Carrier
 from omnifm.engines.remote import Patience, RemoteEngine
 from omnifm.errors import CheckpointError, OmnifmError
-from omnifm.track.folder import write_json
+from omnifm.federation.introduction import Introduction, read_introduction
+from omnifm.track.folder import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,11 @@ class Job(BaseModel):
     def lock(self) -> Path:
         """The file that is locked while the program runs."""
         return self.out / "flower" / "server.lock"
+
+    @property
+    def introductions(self) -> Path:
+        """What the clients said of themselves at the first start."""
+        return self.out / "flower" / "introductions.json"
 
     @property
     def serving(self) -> Path:
@@ -105,6 +112,12 @@ def _end_with_serve(job: Job, ticket: str) -> None:
     os._exit(1)
 
 
+def _said_before(job: Job) -> list[Introduction]:
+    """Return the introductions that an earlier start of this run has written."""
+    found = read_json(job.introductions)["clients"] if job.introductions.is_file() else []
+    return [read_introduction(json.dumps(one)) for one in found]
+
+
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
@@ -115,8 +128,9 @@ def serve_job(job: Job, carrier: Carrier) -> None:
     board = Board(job.out, list(job.clients))
     board.write()
     keys = {client: public_bytes(Folder(job.certs).node_public(client)) if job.certs else b"" for client in job.clients}
-    roster = Roster(carrier, keys, dump(config), board.heard)
+    roster = Roster(carrier, keys, dump(config), board.heard, _said_before(job))
     introductions = roster.gather()
+    write_json(job.introductions, {"clients": [one.model_dump(mode="json") for one in introductions]})
     header = {"config": dump(config), "introductions": [one.model_dump(mode="json") for one in introductions]}
     patience = Patience(config.federation.min_replies, config.federation.deadline)
     engine = RemoteEngine(carrier, job.clients, roster.find, header, patience, board.accounts)
