@@ -134,7 +134,7 @@ def _validation(parts: _Parts) -> dict[str, Any]:
     with (parts.out / "events.jsonl").open(encoding="utf-8") as file:
         last = json.loads([line for line in file if '"event": "evaluation"' in line][-1])
     facts = {"config_hash": digest(parts.config), "primary": parts.task.primary, "personal": last["personal"]}
-    return {**facts, "seconds": parts.recorder.seconds, "commit": environment()["commit"]}
+    return {**facts, "seconds": parts.recorder.seconds}
 
 
 def require_usable(config: Config, out: Path, *, resume: bool, last: Sequence[str] = _LAST) -> bool:

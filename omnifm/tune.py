@@ -26,16 +26,18 @@ from omnifm.track.folder import read_json, write_text
 SIZE = 12
 _RATES = (1 / 3, 1, 3)
 _MORE_DECAY = 10
+_WHERE = ("commit", "machine")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration and what became of it; `score` is None if it failed."""
+    """One configuration and what became of it; if it failed there is no `score`. `where`: commit and machine."""
 
     cell: Cell
     status: str
     score: float | None
     seconds: float | None
+    where: Mapping[str, str] | None = None
 
 
 def grid(name: str, config: Config) -> list[tuple[str, ...]]:
@@ -113,7 +115,8 @@ def _trials(cells: Sequence[Cell], status: Mapping[str, str], out: Path) -> list
     for cell in (cell for cell in cells if cell.name in status):
         found = read_json(cell.folder(out) / VALIDATION) if status[cell.name] == "ok" else None
         score = found["personal"][found["primary"]] if found else None
-        trials.append(Trial(cell, status[cell.name], score, found["seconds"] if found else None))
+        seconds, where = (found["seconds"], read_json(cell.folder(out) / "environment.json")) if found else (None, None)
+        trials.append(Trial(cell, status[cell.name], score, seconds, where))
     return trials
 
 
@@ -136,13 +139,17 @@ def _write(trials: Sequence[Trial], out: Path) -> None:
     chosen = best(trials)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("trial", "strategy", "set", "seed", "rounds", "config_hash", "status", "validation", "seconds", "chosen"))
+    writer.writerow(
+        ("trial", "strategy", "set", "seed", "rounds", "config_hash", "status", "validation", "seconds", "chosen", *_WHERE)
+    )
     for trial in trials:
         config, name = trial.cell.config, trial.cell.variant.strategy
         score = "" if trial.score is None else round(trial.score, 6)
         seconds = "" if trial.seconds is None else round(trial.seconds, 1)
         facts = (config.seed, config.federation.rounds, digest(config), trial.status, score, seconds)
-        writer.writerow((trial.cell.name, name, " ".join(changes(trial)), *facts, trial is chosen.get(name)))
+        where = trial.where or dict.fromkeys(_WHERE, "")
+        row = (trial.cell.name, name, " ".join(changes(trial)), *facts, trial is chosen.get(name))
+        writer.writerow((*row, *(where[key] for key in _WHERE)))
     write_text(out / "trials.csv", text.getvalue())
     tables = [f"[{name}-tuned]\nstrategy = {json.dumps(name)}\nset = {json.dumps(changes(t))}\n" for name, t in chosen.items()]
     write_text(out / "tuned.toml", "\n".join(tables))

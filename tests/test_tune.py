@@ -1,6 +1,7 @@
 """A search sees validation alone, tries equally much for everybody, and what it chose can be compared."""
 
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def test_trials_are_chosen_by_validation_and_no_test_image_is_seen(
         folder = tmp_path / "t" / "cells" / chosen[0]["trial"]
         events = [e for e in jobs.lines(folder / "events.jsonl") if e["event"] == "evaluation"]
         assert float(chosen[0]["validation"]) == pytest.approx(events[-1]["personal"]["accuracy"], abs=1e-6)
+        machine = json.loads((folder / "environment.json").read_text())
+        assert (chosen[0]["commit"], chosen[0]["machine"]) == (machine["commit"], machine["machine"])
         assert not (folder / "checkpoint").exists() and not (folder / "metrics.json").exists()
 
 

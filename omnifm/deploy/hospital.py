@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omnifm import build
-from omnifm.config import Config, parse
+from omnifm.config import Config, dump, parse
 from omnifm.deploy.data import Own, data_apart, own_client, public
 from omnifm.engines.calls import Call, pack, unpack
 from omnifm.errors import FederationError, OmnifmError
@@ -87,6 +87,8 @@ class Hospital:
             config = self._config(header)
             data = data_apart(config, _introductions(header), self._own(config))
             self._open = _Open(header, build.make_site(config, self._store, data))
+            asked = {name: value for name, value in dump(config)["privacy"].items() if value}
+            log.info("strategy %s, %d clients, privacy %s", config.strategy, len(data.plans), asked)
         return self._open.site
 
 

@@ -132,7 +132,7 @@ def _round(federation: Federation, server: ServerState, index: int, recorder: Re
         strategy.blur(federation.noise.offsets(server.shared, index, len(losses)))
     facts = strategy.end_round(server, index)
     if missing:
-        facts["missing"] = list(missing)
+        facts["missing"] = missing
     if strategy.tolerates_nonfinite or federation.skips:
         facts["discarded"] = discarded
     aggregating += time.perf_counter() - mark

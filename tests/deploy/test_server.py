@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from omnifm import run
 from omnifm.config import Config, dump
@@ -21,7 +24,7 @@ from omnifm.deploy.status import read_status
 from omnifm.engines.calls import Call, pack, unpack
 from omnifm.engines.parcels import Node
 from omnifm.errors import CheckpointError, FederationError
-from omnifm.federation.messages import Request, decode, encode
+from omnifm.federation.messages import Reply, Request, decode, encode
 from omnifm.track.folder import write_config
 from tests.deploy.post import Bay, Post, open_bays
 from tests.run import jobs
@@ -89,6 +92,37 @@ def test_thirty_faults_change_nothing_and_no_reply_counts_twice(data: Path, one:
     events = jobs.lines(tmp_path / "apart" / "events.jsonl")
     trained = [(e["round"], e["client"]) for e in events if e["event"] == "client"]
     assert len(trained) == len(set(trained)) == 9  # three of four, three rounds
+
+
+def test_secure_aggregation_is_at_work_across_machines(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No hospital's shared tensors are in what comes from it, and the mean is a plain run's to the quantum."""
+    changes: dict[str, Any] = {"federation": {"rounds": 2, "participation": 1.0}}
+    pytest.importorskip("cryptography", reason="needs the extra omnifm[privacy]")
+    plain = jobs.config(data, "fedavg", **changes)
+    config = jobs.config(data, "fedavg", privacy={"secure_aggregation": True}, **changes)
+    post = Post(open_bays(data, tmp_path / "hospitals", CLIENTS))
+    came: list[Reply] = []
+    answer = Hospital.answer
+
+    def listen(hospital: Hospital, blob: bytes) -> bytes:
+        found = answer(hospital, blob)
+        call = unpack(found)
+        came.extend([decode(call.body)] if call.kind == "reply" else [])  # type: ignore[list-item]
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hospital, "answer", listen)
+        with caplog.at_level(logging.INFO):
+            serve(config, post, tmp_path / "hidden")
+    assert "strategy fedavg, 4 clients, privacy {'delta': 1e-05, 'noise': 'secret', 'secure_aggregation': True" in caplog.text
+    trained = [reply for reply in came if reply.kind == "train"]
+    assert len(trained) == 8 and all(not reply.tensors and "secagg/masked" in reply.extra for reply in trained)
+    assert sum(reply.kind == "secagg" for reply in came) == 2 * 3 * 4, "keys, shares and unmasking, from each in each round"
+    serve(plain, Post(open_bays(data, tmp_path / "others", CLIENTS)), tmp_path / "plain")
+    hidden, seen = (load_file(tmp_path / n / "checkpoint" / "server-000002.safetensors") for n in ("hidden", "plain"))
+    assert hidden.keys() == seen.keys()
+    for name, tensor in seen.items():
+        torch.testing.assert_close(hidden[name], tensor, atol=1e-5, rtol=0)
 
 
 class Killed(Exception):
