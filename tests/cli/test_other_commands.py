@@ -169,7 +169,14 @@ def environment(folder: Path) -> dict[str, str]:
 def start(folder: Path, *words: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "omnifm", *map(str, words)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(folder), stdout=pipe, stderr=pipe, text=True, preexec_fn=_as_from_a_terminal
+    )
+
+
+def _as_from_a_terminal() -> None:
+    """A shell's background job ignores Ctrl-C, and so would its children: the tests themselves may be one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_the_block_blocks(tmp_path: Path) -> None:
