@@ -53,11 +53,10 @@ class Block(nn.Module):
         hidden = int(dim * mlp_ratio)
         self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.query_key_value, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        last = nn.Linear(hidden, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last)
-        for layer in (self.out, last) if identity else ():
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        # The order of these lines is that of the draws: another one gives every run other initial weights.
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        for parameter in (*self.out.parameters(), *self.mlp[-1].parameters()) if identity else ():
+            nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (b, n, d) to (b, n, d)."""

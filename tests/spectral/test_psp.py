@@ -44,6 +44,16 @@ def test_the_block_is_the_librarys_pre_norm_encoder_layer() -> None:
     torch.testing.assert_close(block(x), reference_block(block, x))
 
 
+def test_a_seed_gives_the_weights_it_always_gave() -> None:
+    """Published runs start from these draws, in this order; no digest of a config would show another one."""
+    with seeds.scope(0, "psp"):
+        block = Block(DIM, HEADS, 2.0)
+    with seeds.scope(0, "psp"):
+        drawn = [nn.Linear(*sizes) for sizes in ((DIM, 3 * DIM), (DIM, DIM), (DIM, 2 * DIM), (2 * DIM, DIM))]
+    for own, expected in zip((block.query_key_value, block.out, block.mlp[0], block.mlp[2]), drawn, strict=True):
+        assert torch.equal(own.weight, expected.weight) and torch.equal(own.bias, expected.bias)
+
+
 def test_an_untrained_block_that_starts_as_the_identity_changes_nothing_and_learns() -> None:
     with seeds.scope(0, "psp"):
         block, plain = Block(DIM, HEADS, 2.0, identity=True), Block(DIM, HEADS, 2.0)
