@@ -15,7 +15,7 @@ from omnifm.config import Config
 from omnifm.data.cohort import Cohort
 from omnifm.data.partition import ClientPlan
 from omnifm.data.readers import Image
-from omnifm.errors import ConfigError, FederationError
+from omnifm.errors import ConfigError, DataError, FederationError
 from omnifm.metrics.base import NOTHING, Metric
 
 
@@ -277,6 +277,13 @@ class TaskData:
     def local(self) -> dict[str, Cohort]:
         """The cohorts whose images are here, by name. Across machines the others are known by their spec alone."""
         return {name: cohort for name, cohort in self.cohorts.items() if cohort.here}
+
+    def plan(self, client: str) -> ClientPlan:
+        """Return which rows a client holds. Raises DataError for a stranger."""
+        for plan in self.plans:
+            if plan.id == client:
+                return plan
+        raise DataError(f"client {client}: not in this federation")
 
 
 class Task(ABC):

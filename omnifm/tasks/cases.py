@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from omnifm.data.cohort import Cohort
 from omnifm.data.readers import Image
-from omnifm.errors import ConfigError, DataError
+from omnifm.errors import ConfigError
 from omnifm.tasks.base import TaskData
 
 Planes = npt.NDArray[Any]
@@ -28,10 +28,28 @@ def only_image(images: Sequence[Image], question: str, task: str) -> Image:
 
 def cohort_of(data: TaskData, client: str) -> Cohort:
     """Return the cohort that a client's rows are from. Raises DataError for a stranger."""
-    for plan in data.plans:
-        if plan.id == client:
-            return data.cohorts[plan.cohort]
-    raise DataError(f"client {client}: not in this federation")
+    return data.cohorts[data.plan(client).cohort]
+
+
+def slices_of(slice_row: npt.NDArray[np.int64], rows: Sequence[int], most: int = 0) -> npt.NDArray[np.int64]:
+    """Return where the slices of some rows are.
+
+    Args:
+        slice_row: `(slices,)` the row of each slice, ascending.
+        rows: which are wanted, in any order.
+        most: of each row this many slices, evenly spaced; 0: all.
+    """
+    wanted = np.asarray(rows, dtype=np.int64)
+    # Rows ascend, so the slices of one are one run.
+    first, last = (np.searchsorted(slice_row, wanted, side=side) for side in ("left", "right"))
+    return np.concatenate([a + spaced(b - a, most) for a, b in zip(first, last, strict=True)] or [wanted])
+
+
+def spaced(count: int, most: int) -> npt.NDArray[np.int64]:
+    """Return `most` of 0 .. count - 1, evenly spaced: the middles of as many equal parts; all where `most` is 0 or too large."""
+    if not 0 < most < count:
+        return np.arange(count)
+    return (2 * np.arange(most) + 1) * count // (2 * most)
 
 
 def slice_size(image: Image, slice_axis: int | None) -> tuple[int, int]:

@@ -15,7 +15,6 @@ from omnifm.backbones.efficientnet import IMAGENET_MEAN, IMAGENET_STD
 from omnifm.data.cache import load_images, to_slices
 from omnifm.data.cohort import Cohort
 from omnifm.data.readers import Image
-from omnifm.errors import DataError
 from omnifm.metrics.base import Metric
 from omnifm.metrics.classification import ClassificationMetric
 from omnifm.tasks.augment import flip_shift
@@ -33,7 +32,7 @@ from omnifm.tasks.base import (
     TaskData,
     TaskOptions,
 )
-from omnifm.tasks.cases import case_rows, cohort_of, only_image
+from omnifm.tasks.cases import case_rows, cohort_of, only_image, slices_of
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,6 @@ class Classification(Task):
         self._config = config
         size, channels = config.data.image_size, config.data.channels
         self._images = {n: load_images(c, size, channels, data.cache) for n, c in data.local.items()}
-        self._plans = {plan.id: plan for plan in data.plans}
         self.classes, table = label_union(cohorts, config.federation.label_space)
         self.label_count = len(self.classes)
         self.one_label_space = len({tuple(sorted(numbers.values())) for numbers in table.values()}) == 1
@@ -130,18 +128,12 @@ class Classification(Task):
 
     def client_data(self, client: str) -> ClientData:
         """Return a client's splits."""
-        plan = self._plans.get(client)
-        if plan is None:
-            raise DataError(f"client {client}: not in this federation")
+        plan = self.data.plan(client)
         return ClientData(*(self._split(plan.cohort, rows) for rows in (plan.train, plan.val, plan.test)))
 
     def _split(self, cohort: str, rows: Sequence[int]) -> ImageSplit:
         images = self._images[cohort]
-        # slice_row ascends, so the slices of a row are one run.
-        wanted = np.asarray(rows, dtype=np.int64)
-        first = np.searchsorted(images.slice_row, wanted, side="left")
-        last = np.searchsorted(images.slice_row, wanted, side="right")
-        slices = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)] or [wanted])
+        slices = slices_of(images.slice_row, rows)
         owner = images.slice_row[slices]
         return ImageSplit(images.pixels, slices, torch.from_numpy(self._labels[cohort][owner]), torch.from_numpy(owner.copy()))
 
@@ -151,7 +143,7 @@ class Classification(Task):
 
     def labels(self, client: str) -> Tensor:
         """Return the training labels of a client."""
-        plan = self._plans[client]
+        plan = self.data.plan(client)
         return self._split(plan.cohort, plan.train).labels
 
     def backbone(self) -> Backbone:

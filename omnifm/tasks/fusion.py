@@ -51,7 +51,7 @@ from omnifm.tasks.base import (
     TaskData,
     TaskOptions,
 )
-from omnifm.tasks.cases import case_rows, cohort_of, on_grid, slice_size
+from omnifm.tasks.cases import case_rows, cohort_of, on_grid, slice_size, slices_of
 from omnifm.tasks.fusion_loss import FusionLoss, Intensity, at_vgg_size, gaussian_pyramid
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,6 @@ class Fusion(Task):
                 f"model.width = {config.model.width}: fusion needs an even number (tokens have 6 times as many channels)"
             )
         self._patch = min(options.patch, self._size)
-        self._plans = {plan.id: plan for plan in data.plans}
         self._pairs = {name: load_pairs(cohort, self._size, data.cache) for name, cohort in data.local.items()}
         self._kinds = sorted(data.cohorts)
         self._loss, self.notes = make_loss(options)
@@ -199,18 +198,12 @@ class Fusion(Task):
 
     def client_data(self, client: str) -> ClientData:
         """Return a client's splits."""
-        plan = self._plans.get(client)
-        if plan is None:
-            raise DataError(f"client {client}: not in this federation")
+        plan = self.data.plan(client)
         return ClientData(*(self._split(plan.cohort, rows) for rows in (plan.train, plan.val, plan.test)))
 
     def _split(self, cohort: str, rows: Sequence[int]) -> PairSplit:
         pairs = self._pairs[cohort]
-        # Rows ascend, so the slices of a row are one run.
-        wanted = np.asarray(rows, dtype=np.int64)
-        first, last = (np.searchsorted(pairs.row, wanted, side=side) for side in ("left", "right"))
-        places = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)] or [wanted])
-        return PairSplit(pairs, places, self._kinds.index(cohort))
+        return PairSplit(pairs, slices_of(pairs.row, rows), self._kinds.index(cohort))
 
     def backbone(self) -> Backbone:
         """Return U2Fusion's encoder, `model.width` channels per convolution."""

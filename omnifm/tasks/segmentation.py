@@ -22,7 +22,7 @@ from omnifm.data.cache import CachedImages, load_images, to_slices
 from omnifm.data.cohort import Cohort
 from omnifm.data.masks import CachedMasks, load_masks
 from omnifm.data.readers import Image
-from omnifm.errors import ConfigError, DataError
+from omnifm.errors import ConfigError
 from omnifm.metrics.base import Metric
 from omnifm.metrics.segmentation import SegmentationMetric, Structures
 from omnifm.tasks.augment import flip_shift
@@ -41,7 +41,7 @@ from omnifm.tasks.base import (
     TaskData,
     TaskOptions,
 )
-from omnifm.tasks.cases import case_rows, cohort_of, on_grid, only_image, resized, slice_size
+from omnifm.tasks.cases import case_rows, cohort_of, on_grid, only_image, resized, slice_size, slices_of
 
 BACKGROUND = "background"
 BRATS_CLASSES = ("NCR", "ED", "ET")
@@ -155,13 +155,6 @@ def class_union(cohorts: Mapping[str, Cohort], label_space: str, binary: bool) -
     return tuple(names), table
 
 
-def spaced(count: int, most: int) -> npt.NDArray[np.int64]:
-    """Return `most` of 0 .. count - 1, evenly spaced: the middles of as many equal parts; all where `most` is 0 or too large."""
-    if not 0 < most < count:
-        return np.arange(count)
-    return (2 * np.arange(most) + 1) * count // (2 * most)
-
-
 class Segmentation(Task):
     """A class per pixel."""
 
@@ -179,7 +172,6 @@ class Segmentation(Task):
         size = config.data.image_size
         if size % 2**STEPS:
             raise ConfigError(f"data.image_size = {size}: the U-Net halves it {STEPS} times; take a multiple of {2**STEPS}")
-        self._plans = {plan.id: plan for plan in data.plans}
         self.classes, self._numbers = class_union(data.cohorts, config.federation.label_space, options.head_space == "binary")
         self.one_label_space = len({tuple(sorted(set(numbers))) for numbers in self._numbers.values()}) == 1
         self._structures = self._scored_structures()
@@ -199,18 +191,13 @@ class Segmentation(Task):
 
     def client_data(self, client: str) -> ClientData:
         """Return a client's splits."""
-        plan = self._plans.get(client)
-        if plan is None:
-            raise DataError(f"client {client}: not in this federation")
+        plan = self.data.plan(client)
         train = self._split(plan.cohort, plan.train, self.options.train_slices)
         return ClientData(train, self._split(plan.cohort, plan.val), self._split(plan.cohort, plan.test))
 
     def _split(self, cohort: str, rows: Sequence[int], most: int = 0) -> SliceSplit:
         images = self._images[cohort]
-        # slice_row ascends, so the slices of a row are one run.
-        wanted = np.asarray(rows, dtype=np.int64)
-        first, last = (np.searchsorted(images.slice_row, wanted, side=side) for side in ("left", "right"))
-        slices = np.concatenate([a + spaced(b - a, most) for a, b in zip(first, last, strict=True)] or [wanted])
+        slices = slices_of(images.slice_row, rows, most)
         numbers = np.asarray(self._numbers[cohort], dtype=np.int64)
         return SliceSplit(images, self._masks[cohort], slices, numbers, self._allowed(cohort))
 
@@ -264,7 +251,7 @@ class Segmentation(Task):
         """Return Dice and HD95 of the structures that the client's truth tells of."""
         if client is None:
             return SegmentationMetric(self._structures)
-        known = set(self._numbers[self._plans[client].cohort])
+        known = set(self._numbers[self.data.plan(client).cohort])
         return SegmentationMetric(self._structures, [n for n, numbers in self._structures.items() if known.intersection(numbers)])
 
     def references(self, client: str) -> Mapping[str, Callable[[Batch], Tensor]]:

@@ -50,7 +50,7 @@ from omnifm.tasks.base import (
     TaskData,
     TaskOptions,
 )
-from omnifm.tasks.cases import case_rows, cohort_of, on_grid, only_image
+from omnifm.tasks.cases import case_rows, cohort_of, on_grid, only_image, slices_of
 from omnifm.tasks.tiling import enlarge, overview
 
 log = logging.getLogger(__name__)
@@ -176,7 +176,6 @@ class SuperResolution(Task):
         super().__init__(data, options)
         if data.config.model.width % 4:
             raise ConfigError(f"model.width = {data.config.model.width}: super-resolution needs a multiple of 4")
-        self._plans = {plan.id: plan for plan in data.plans}
         self._scale_of = scales_of(data.plans, options)
         self.scales = tuple(sorted({*self._scale_of.values()} or {options.scale}))
         self._images = {n: load_native(cohort, data.config.data.channels, data.cache) for n, cohort in data.local.items()}
@@ -196,16 +195,14 @@ class SuperResolution(Task):
 
     def client_data(self, client: str) -> ClientData:
         """Return a client's splits: squares to train on, whole pictures (to the last multiple of the scale) to score."""
-        plan = self._plans.get(client)
-        if plan is None:
-            raise DataError(f"client {client}: not in this federation")
+        plan = self.data.plan(client)
         return ClientData(self._split(plan, plan.train, cut=True), *(self._split(plan, rows) for rows in (plan.val, plan.test)))
 
     def _split(self, plan: ClientPlan, rows: Sequence[int], *, cut: bool = False) -> PictureSplit:
         images, scale = self._images[plan.cohort], self._scale_of[plan.id]
         height, width = (min(side, self._view) if cut else side for side in images.size)
         size = (height - height % scale, width - width % scale)
-        places = np.flatnonzero(np.isin(images.slice_row, np.asarray(rows, dtype=np.int64))).tolist()
+        places = slices_of(images.slice_row, sorted(rows)).tolist()
         corners = (
             [(y, x) for y in _spread(images.size[0], size[0]) for x in _spread(images.size[1], size[1])] if cut else [(0, 0)]
         )
