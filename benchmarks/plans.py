@@ -74,6 +74,11 @@ def _named(name: str) -> Path:
     return CONFIGS / f"{name}.toml"
 
 
+def _tuned(name: str) -> Callable[[], list[Variant]]:
+    """Return what `omnifm tune` chose for every strategy, with what a strategy cannot do without (FedBN's BatchNorm)."""
+    return lambda: read_variants(CONFIGS / f"{name}_tuned.toml")
+
+
 _CLASSIFICATION = ("local", "centralised", "fedavg", "fedprox", "fedper", "omnifm")
 TABLES = {
     "classification": Table(
@@ -81,6 +86,13 @@ TABLES = {
             "main20": Part(_named("classification"), _plain(*_CLASSIFICATION), 0.2),
             "ablation": Part(_named("classification"), lambda: read_variants(_named("classification_ablation")), 0.2),
             "main100": Part(_named("classification"), _plain(*_CLASSIFICATION), 1.0),
+        },
+        ("accuracy",),
+    ),
+    "classification_all": Table(
+        {
+            "p20": Part(_named("classification"), _tuned("classification"), 0.2),
+            "p100": Part(_named("classification"), _tuned("classification"), 1.0),
         },
         ("accuracy",),
     ),
