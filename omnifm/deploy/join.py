@@ -10,6 +10,7 @@ from pathlib import Path
 from omnifm.deploy.app import node_command, write_programs
 from omnifm.deploy.certs import Folder, require_cryptography
 from omnifm.deploy.hospital import Hospital
+from omnifm.deploy.policy import Policy, read_policy
 from omnifm.deploy.processes import Child, complaint, environment, free_port, require_flower, require_loopback
 from omnifm.deploy.tls import refusal
 from omnifm.engines.loopback import PLACE, Listener
@@ -36,6 +37,7 @@ class Member:
         certs: folder with ca.crt and nodes/ID.key; None: on this machine alone.
         state: folder of private state and of Flower's files; nothing else is written.
         cache: folder of decoded images; empty: the user's.
+        policy: what the hospital insists on.
         say: called with a line for people now and then.
     """
 
@@ -45,6 +47,7 @@ class Member:
     certs: Path | None
     state: Path
     cache: str = ""
+    policy: Policy = field(default_factory=Policy)
     say: Callable[[str], None] = log.info
     _node: Child | None = field(default=None, init=False)
     _failures: int = field(default=0, init=False)
@@ -65,7 +68,7 @@ class Member:
         if said := self._refusal():
             raise ConfigError(said)
         self.state.mkdir(parents=True, exist_ok=True)
-        hospital = Hospital(self.cohort, self.client, self.state / "private", self.cache)
+        hospital = Hospital(self.cohort, self.client, self.state / "private", self.cache, self.policy)
         listener = Listener(hospital.answer, self.state / "worker.json")
         try:
             self._start()
@@ -116,7 +119,7 @@ class Member:
         self._start()
 
 
-def make_member(server: str, cohort: Path, client: str, certs: Path | None, state: Path) -> Member:
+def make_member(server: str, cohort: Path, client: str, certs: Path | None, state: Path, policy: Path | None = None) -> Member:
     """Check everything that can be checked before a program is started.
 
     Raises:
@@ -142,4 +145,5 @@ def make_member(server: str, cohort: Path, client: str, certs: Path | None, stat
     Cohort.read(cohort)  # what is wrong with it shows now, not when the server asks
     if state.exists() and not state.is_dir():
         raise CheckpointError(f"{state}: is a file, not a folder")
-    return Member(server, cohort.resolve(), client, certs.resolve() if certs else None, state.resolve())
+    insists = read_policy(policy) if policy else Policy()
+    return Member(server, cohort.resolve(), client, certs.resolve() if certs else None, state.resolve(), policy=insists)
