@@ -215,6 +215,7 @@ def make_model(config: Config, task: Task, strategy: Strategy) -> Model:
     try:
         with seeds.scope(config.seed, "init", "strategy"):
             strategy.setup(model)
+            strategy.width = backbone.token_dim
             strategy.buffers = frozenset(name for name, _ in model.named_buffers())
             model.eval()
             with torch.no_grad():

@@ -312,6 +312,7 @@ def make_lab(
     site = Site(partial(build.make_model, config, task, site_strategy), task, site_strategy, clients, store, local)
     server_strategy.buffers = site_strategy.buffers
     server_strategy.holds = site_strategy.holds
+    server_strategy.width = site_strategy.width
     server_strategy.common = site_strategy.common
     drawn = draw_schedule(clients, config.federation.rounds, config.federation.participation, config.seed)
     saved = Checkpoint(folder) if checkpoint else None

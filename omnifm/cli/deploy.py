@@ -61,6 +61,9 @@ def join(
     state: Annotated[
         Path | None, typer.Option("--state", metavar="DIR", help="Folder of private state [default: hospital-ID].")
     ] = None,
+    policy: Annotated[
+        Path | None, typer.Option("--policy", metavar="FILE", help="What this hospital insists on; see docs/privacy.md.")
+    ] = None,
 ) -> None:
     """Join a federation with a cohort; runs until interrupted. The config comes from the server, paths never do."""
     import logging
@@ -69,7 +72,7 @@ def join(
 
     _end_well()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    member = make_member(server, cohort, client, certs, state or Path(f"hospital-{client}"))
+    member = make_member(server, cohort, client, certs, state or Path(f"hospital-{client}"), policy)
     member.say = lambda line: typer.echo(line, err=True)
     typer.echo(f"{client} joins {server}; interrupt to leave", err=True)
     member.run()

@@ -20,11 +20,18 @@ class Board:
     Args:
         out: the run folder.
         clients: ids of those that are expected.
-        clock: seconds since 1970.
+        clock: seconds since 1970; for people to read, it may jump.
+        steady: seconds; never runs backwards.
     """
 
-    def __init__(self, out: Path, clients: list[str], clock: Callable[[], float] = time.time) -> None:
-        self._path, self._clock, self._written = out / STATUS_FILE, clock, 0.0
+    def __init__(
+        self,
+        out: Path,
+        clients: list[str],
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path, self._clock, self._steady, self._written = out / STATUS_FILE, clock, steady, -_LEAST_SECONDS
         blank = {"connected": False, "said": "", **asdict(Account())}
         self._clients: dict[str, dict[str, Any]] = {client: dict(blank) for client in clients}
         self._facts: dict[str, Any] = {"state": "waiting for hospitals", "round": 0, "rounds": 0, "loss": None, "score": None}
@@ -44,7 +51,7 @@ class Board:
         """Take the engine's accounts."""
         for client, account in accounts.items():
             self._clients[client] |= asdict(account)
-        if self._clock() - self._written >= _LEAST_SECONDS:
+        if self._steady() - self._written >= _LEAST_SECONDS:
             self.write()
 
     def event(self, record: Mapping[str, Any]) -> None:
@@ -62,7 +69,7 @@ class Board:
 
     def write(self) -> None:
         """Write now."""
-        self._written = self._clock()
-        facts = {**self._facts, "written": self._written, "clients": self._clients}
+        self._written = self._steady()
+        facts = {**self._facts, "written": self._clock(), "clients": self._clients}
         write_json(self._path, facts)
         write_text(self._path.with_suffix(".html"), page(facts))

@@ -18,13 +18,13 @@ from typing import Literal
 
 from omnifm.deploy.certs import Folder
 from omnifm.deploy.processes import QUIET
+from omnifm.deploy.tls import TIMEOUT_SECONDS, connect, refusal
 from omnifm.errors import OmnifmError
 
 _SOON = datetime.timedelta(days=30)
 _LEAST_DISK = 5 * 2**30
 _LEAST_MEMORY = 2 * 2**30
 _MOST_SKEW_SECONDS = 60.0
-_TIMEOUT_SECONDS = 5.0
 Level = Literal["fine", "warning", "problem"]
 
 
@@ -216,18 +216,18 @@ def _server(patient: Patient) -> Iterator[Finding]:
     if not patient.server:
         return
     host, _, port = patient.server.rpartition(":")
+    authority = Folder(patient.certs).authority if patient.certs else None
     try:
-        with socket.create_connection((host, int(port)), timeout=_TIMEOUT_SECONDS) as plain:
-            if patient.certs is None:
+        if said := refusal(patient.server, authority):
+            mend = "compare ca.crt with the server's, and the name with those of omnifm certs --host"
+            yield Finding("problem", said, mend if authority else "--certs DIR, with the server's ca.crt in it")
+        elif authority is None:
+            with socket.create_connection((host, int(port)), timeout=TIMEOUT_SECONDS):
                 yield Finding("fine", f"{patient.server} answers, without TLS")
-                return
-            context = ssl.create_default_context(cafile=str(Folder(patient.certs).authority))
-            with context.wrap_socket(plain, server_hostname=host) as connection:
+        else:
+            with connect(host, int(port), authority) as connection:
                 yield Finding("fine", f"{patient.server} answers, and its certificate is the authority's")
                 yield from _clock(connection, host)
-    except ssl.SSLCertVerificationError as error:
-        mend = "compare ca.crt with the server's, and the name with those of omnifm certs --host"
-        yield Finding("problem", f"{patient.server}: its certificate is refused ({error.verify_message})", mend)
     except (OSError, ValueError) as error:
         mend = "is omnifm serve running there, and does the firewall let this machine reach the port?"
         yield Finding("problem", f"{patient.server} does not answer ({error})", mend)
@@ -235,7 +235,7 @@ def _server(patient: Patient) -> Iterator[Finding]:
 
 def _clock(connection: ssl.SSLSocket, host: str) -> Iterator[Finding]:
     """Compare this machine's clock with the date in the server's answer: certificates and heartbeats go by it."""
-    connection.settimeout(_TIMEOUT_SECONDS)
+    connection.settimeout(TIMEOUT_SECONDS)
     connection.sendall(f"HEAD / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
     lines = connection.recv(4096).decode("latin-1").split("\r\n")
     date = next((line.partition(":")[2].strip() for line in lines if line.lower().startswith("date:")), "")

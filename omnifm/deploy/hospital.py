@@ -11,6 +11,7 @@ from typing import Any
 from omnifm import build
 from omnifm.config import Config, dump, parse
 from omnifm.deploy.data import Own, data_apart, own_client, public
+from omnifm.deploy.policy import Policy
 from omnifm.engines.calls import Call, pack, unpack
 from omnifm.errors import FederationError, OmnifmError
 from omnifm.federation.client import Site
@@ -36,10 +37,12 @@ class Hospital:
         client: its id.
         store: folder of private state, on this machine's disk.
         cache: folder of decoded images; empty: the user's cache folder.
+        policy: what this hospital insists on.
     """
 
-    def __init__(self, cohort: Path, client: str, store: Path, cache: str = "") -> None:
+    def __init__(self, cohort: Path, client: str, store: Path, cache: str = "", policy: Policy | None = None) -> None:
         self._cohort, self._client, self._store, self._cache = cohort, client, store, cache
+        self._policy = policy or Policy()
         self._open: _Open | None = None
 
     def answer(self, blob: bytes) -> bytes:
@@ -67,14 +70,21 @@ class Hospital:
             raise FederationError(f"client {self._client}: the server sent a reply")
         if request.client != self._client:
             raise FederationError(f"client {self._client}: was asked in the name of client {request.client}")
+        self._policy.check_request(request)
         started = time.perf_counter()
         reply = encode(self._site(call.header).handle(request))
         log.info("%s, round %d: answered in %.1f s", request.kind, request.round, time.perf_counter() - started)
         return Call("reply", {}, reply)
 
     def _config(self, header: Mapping[str, Any]) -> Config:
-        """Return the server's config with this machine's folders. Raises ConfigError if it is none, or pools data."""
+        """Return the server's config with this machine's folders.
+
+        Raises:
+            ConfigError: it is none, or pools data.
+            FederationError: it falls short of this hospital's policy.
+        """
         config = public(parse(header.get("config", {})))
+        self._policy.check(config)
         return config.model_copy(update={"data": config.data.model_copy(update={"cache": self._cache})})
 
     def _own(self, config: Config) -> Own:
@@ -86,6 +96,7 @@ class Hospital:
             self._open = None  # the old model's memory is free before the new one is built
             config = self._config(header)
             data = data_apart(config, _introductions(header), self._own(config))
+            self._policy.check(config, len(data.plans))
             self._open = _Open(header, build.make_site(config, self._store, data))
             asked = {name: value for name, value in dump(config)["privacy"].items() if value}
             log.info("strategy %s, %d clients, privacy %s", config.strategy, len(data.plans), asked)

@@ -10,7 +10,9 @@ from pathlib import Path
 from omnifm.deploy.app import node_command, write_programs
 from omnifm.deploy.certs import Folder, require_cryptography
 from omnifm.deploy.hospital import Hospital
-from omnifm.deploy.processes import Child, environment, free_port, last_words, require_flower, require_loopback
+from omnifm.deploy.policy import Policy, read_policy
+from omnifm.deploy.processes import Child, complaint, environment, free_port, require_flower, require_loopback
+from omnifm.deploy.tls import refusal
 from omnifm.engines.loopback import PLACE, Listener
 from omnifm.errors import CheckpointError, ConfigError
 from omnifm.federation.wire import CLIENT
@@ -21,6 +23,7 @@ _LOOK_SECONDS = 0.5
 _PAUSES = (1.0, 2.0, 5.0, 10.0)
 """Seconds before a SuperNode is started again, the last one for ever after. One that was killed is let in after a minute."""
 _STEADY_SECONDS = 120.0
+_NO_KEY = "[code: 2004]"
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Member:
         certs: folder with ca.crt and nodes/ID.key; None: on this machine alone.
         state: folder of private state and of Flower's files; nothing else is written.
         cache: folder of decoded images; empty: the user's.
+        policy: what the hospital insists on.
         say: called with a line for people now and then.
     """
 
@@ -43,6 +47,7 @@ class Member:
     certs: Path | None
     state: Path
     cache: str = ""
+    policy: Policy = field(default_factory=Policy)
     say: Callable[[str], None] = log.info
     _node: Child | None = field(default=None, init=False)
     _failures: int = field(default=0, init=False)
@@ -54,9 +59,16 @@ class Member:
         return self.state / "supernode.log"
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Answer the server until `stop` says so, or for ever."""
+        """Answer the server until `stop` says so, or for ever.
+
+        Raises:
+            ConfigError: the server is not whom the certificates say.
+            CheckpointError: the disk refuses.
+        """
+        if said := self._refusal():
+            raise ConfigError(said)
         self.state.mkdir(parents=True, exist_ok=True)
-        hospital = Hospital(self.cohort, self.client, self.state / "private", self.cache)
+        hospital = Hospital(self.cohort, self.client, self.state / "private", self.cache, self.policy)
         listener = Listener(hospital.answer, self.state / "worker.json")
         try:
             self._start()
@@ -67,6 +79,16 @@ class Member:
             if self._node is not None:
                 self._node.stop()
             listener.close()
+
+    def _refusal(self) -> str:
+        return refusal(self.server, Folder(self.certs).authority if self.certs else None)
+
+    def _reason(self) -> str:
+        """Why the SuperNode ended. Flower does not tell a hospital that its key is none of those that the server has."""
+        said = complaint(self.log)
+        if _NO_KEY in said:
+            return f"the server does not have the key of {self.client}, or still waits for the node that had it before"
+        return said
 
     def _start(self) -> None:
         # The port is for this machine's own programs; whoever takes it in between makes the node fail, and it is started again.
@@ -90,14 +112,14 @@ class Member:
         self._node.stop()
         self._failures = 0 if time.monotonic() - self._started > _STEADY_SECONDS else self._failures + 1
         pause = _PAUSES[min(self._failures, len(_PAUSES) - 1)]
-        self.say(f"the SuperNode ended ({last_words(self.log)}); trying again in {pause:.0f} s")
+        self.say(f"the SuperNode ended ({self._refusal() or self._reason()}); trying again in {pause:.0f} s")
         end = time.monotonic() + pause
         while time.monotonic() < end and not stop():
             time.sleep(_LOOK_SECONDS)
         self._start()
 
 
-def make_member(server: str, cohort: Path, client: str, certs: Path | None, state: Path) -> Member:
+def make_member(server: str, cohort: Path, client: str, certs: Path | None, state: Path, policy: Path | None = None) -> Member:
     """Check everything that can be checked before a program is started.
 
     Raises:
@@ -123,4 +145,5 @@ def make_member(server: str, cohort: Path, client: str, certs: Path | None, stat
     Cohort.read(cohort)  # what is wrong with it shows now, not when the server asks
     if state.exists() and not state.is_dir():
         raise CheckpointError(f"{state}: is a file, not a folder")
-    return Member(server, cohort.resolve(), client, certs.resolve() if certs else None, state.resolve())
+    insists = read_policy(policy) if policy else Policy()
+    return Member(server, cohort.resolve(), client, certs.resolve() if certs else None, state.resolve(), policy=insists)

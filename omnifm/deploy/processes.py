@@ -24,6 +24,8 @@ QUIET = {
 _POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _END_SECONDS = 15
+_START, _EXIT, _MORE = "Starting Flower SuperNode", "Exit Code: ", "For more information"
+"""What a SuperNode says at its start, and round the reason of its end."""
 
 
 def require_flower() -> None:
@@ -110,3 +112,13 @@ def last_words(log: Path, count: int = 1) -> str:
     except OSError:
         return ""
     return " ".join([line.strip() for line in found if line.strip()][-count:])
+
+
+def complaint(log: Path) -> str:
+    """Return why a program of Flower's ended the last time, as one line: what it said with its exit code, or its last words."""
+    try:
+        said = log.read_text(encoding="utf-8", errors="replace").rpartition(_START)[2]
+    except OSError:
+        return ""
+    lines = said.partition(_EXIT)[2].partition(_MORE)[0].splitlines()[1:]
+    return " ".join(line.strip() for line in lines if line.strip()) or last_words(log)

@@ -1,6 +1,7 @@
 """`omnifm serve`: a SuperLink, the hospitals' keys, the server's program, and a look after all of them until the run is over."""
 
 import logging
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ _SOON_SECONDS = 30.0
 _PATIENCE_SECONDS = 180.0
 """Time that the server's program may take to start before it is started again."""
 _MOST_RESTARTS = 5
+_LEAST_DISK = 2**20
 
 
 @dataclass
@@ -171,6 +173,8 @@ class Server:
             self._submit()
 
     def _count_restart(self, what: str) -> None:
+        if shutil.disk_usage(self.out).free < _LEAST_DISK:  # what dies of it cannot write down why
+            raise CheckpointError(f"{self.out}: {what}, and the disk is full; free some, then go on with --resume")
         self._restarts += 1
         if self._restarts > _MOST_RESTARTS:
             words = last_words(self.folder / "superlink.log", 3)

@@ -59,6 +59,11 @@ class Job(BaseModel):
         return self.out / "flower" / "server.lock"
 
     @property
+    def log(self) -> Path:
+        """What the program says: who came, who was refused and why, what was late."""
+        return self.out / "flower" / "server.log"
+
+    @property
     def introductions(self) -> Path:
         """What the clients said of themselves at the first start."""
         return self.out / "flower" / "introductions.json"
@@ -86,8 +91,10 @@ def read_job(path: Path) -> Job:
 
 def main(carrier: Carrier) -> None:
     """Serve the job that the environment names; leave an outcome in its folder."""
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     job = read_job(Path(os.environ[JOB]))
+    # What goes to standard output ends up in Flower's database; who was refused has to be in a file that people read.
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), logging.FileHandler(job.log, encoding="utf-8")]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=handlers)
     with locked(job.lock):
         threading.Thread(target=_end_with_serve, args=(job, _text(job.ticket)), daemon=True).start()
         try:

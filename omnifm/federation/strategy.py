@@ -4,7 +4,7 @@ A strategy object holds options and facts about the federation, never the state 
 `ServerState`, at a client in `LocalJob.state`, and both are in the checkpoint.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -88,6 +88,8 @@ class Strategy:
     """Names of the tensors that are no parameters (running statistics, counters); set where the model is built."""
     common: frozenset[str] = frozenset()
     """Names of the tensors that even a client without a peer shares with everybody; `setup` knows them."""
+    width: int = 0
+    """Length of a token; set where the model is built. 0: not known."""
     holds: Mapping[str, frozenset[str]] = MappingProxyType({})
     """By client, the names of the tensors it has; a client that is not here has all. Set where the site is built."""
 
@@ -189,12 +191,17 @@ class Strategy:
     def vet(self, server: ServerState, reply: Reply) -> None:
         """Raise FederationError, in words without a name, if what a client sent beside its shared tensors does not fit.
 
-        Called before `receive`; changes nothing, so that the round can go on without the client. A strategy that looks at an
-        upload in `receive` alone ends the run over a bad one.
+        Called before `receive`; changes nothing, so that the round can go on without the client. Here nothing is expected. A
+        strategy whose `finish` uploads something judges all of it in its own `vet`; `receive` may then take it as it is.
         """
         del server
-        if self.mean_suffices and not self.uploads and reply.extra:
-            raise FederationError(f"tensor {min(reply.extra)} is unknown")
+        self._require_known(reply, ())
+
+    @staticmethod
+    def _require_known(reply: Reply, names: Collection[str]) -> None:
+        """Raise FederationError if a client sent something besides `names`."""
+        if odd := reply.extra.keys() - set(names):
+            raise FederationError(f"tensor {min(odd)} is unknown")
 
     def receive(self, server: ServerState, reply: Reply) -> None:
         """Take in one reply and let go of it."""

@@ -35,6 +35,7 @@ from omnifm.report.statistics import (
     score,
     summarise,
 )
+from omnifm.report.writing import write
 
 _MOST_SCORES = 12
 VIEWS = ("personal", "worst", "global", "finetuned", "best_personal", "best_finetuned")
@@ -311,7 +312,7 @@ def write_summary(comparison: Comparison, reference: str | None = None) -> None:
         for (method, share, column), result in differences.items():
             if share is None:
                 writer.writerow([method, None, column, None, None, None, None, chosen, *_paired_fields(result)])
-    (comparison.folder / "summary.csv").write_text(out.getvalue(), encoding="utf-8")
+    write(comparison.folder / "summary.csv", out.getvalue())
 
 
 SUMMARY_HEAD = (

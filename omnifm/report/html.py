@@ -10,6 +10,7 @@ from omnifm.report.comparison_page import comparison_page, write_summary
 from omnifm.report.load import read_comparison, read_run
 from omnifm.report.page import Page
 from omnifm.report.run_page import SIMULATED, run_page
+from omnifm.report.writing import write
 
 REPORT_NAME = "report.html"
 
@@ -18,9 +19,9 @@ def write_report(run: Path) -> Path:
     """Write `report.html` into a run folder and return its path.
 
     Raises:
-        CheckpointError: the folder lacks a file, or one is malformed; the message names it.
+        CheckpointError: the folder lacks a file, one is malformed, or the disk refuses; the message names it.
     """
-    return _write(run / REPORT_NAME, run_page(read_run(run)))
+    return write(run / REPORT_NAME, render(run_page(read_run(run))))
 
 
 def write_comparison(folder: Path, reference: str | None = None) -> Path:
@@ -32,20 +33,13 @@ def write_comparison(folder: Path, reference: str | None = None) -> Path:
             row's, or the table's first.
 
     Raises:
-        CheckpointError: the table or a finished cell is malformed; the message names the file.
+        CheckpointError: the table or a finished cell is malformed, or the disk refuses; the message names the file.
         ConfigError: the reference is not in the table.
     """
     comparison = read_comparison(folder)
     page = comparison_page(comparison, reference)
     write_summary(comparison, reference)
-    return _write(folder / REPORT_NAME, page)
-
-
-def _write(path: Path, page: Page) -> Path:
-    # Written beside its place first: a reader never meets half a report.
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(render(page), encoding="utf-8")
-    return draft.replace(path)
+    return write(folder / REPORT_NAME, render(page))
 
 
 def render(page: Page) -> str:

@@ -130,6 +130,8 @@ class KnowledgeBank:
         """Raise FederationError where `count` would; changes nothing."""
         if row_ids.ndim != 1 or row_ids.shape != counts.shape:
             raise FederationError(f"retrieval counts: {tuple(row_ids.shape)} row ids for {tuple(counts.shape)} counts")
+        if row_ids.is_floating_point():
+            raise FederationError("retrieval counts: a row's id is a whole number")
         known = (row_ids >= 0) & (row_ids < self._next_row_id)
         if not bool(known.all()):
             raise FederationError(f"retrieval counts: row {int(row_ids[~known][0])} was never in the bank")

@@ -11,7 +11,7 @@ from omnifm.engines.remote import Account
 
 def test_it_says_who_is_late_and_why_on_page_and_terminal(tmp_path: Path) -> None:
     now = [1000.0]
-    board = Board(tmp_path, ["a", "b"], lambda: now[0])
+    board = Board(tmp_path, ["a", "b"], lambda: now[0], lambda: now[0])
     board.write()
     assert read_status(tmp_path, 1007.0).headline == (
         "not running (last state: waiting for hospitals), round 0 of 0, as of 7 s ago"
@@ -39,10 +39,20 @@ def test_it_says_who_is_late_and_why_on_page_and_terminal(tmp_path: Path) -> Non
 
 def test_it_writes_at_most_twice_a_second_while_bytes_flow(tmp_path: Path) -> None:
     now = [0.0]
-    board = Board(tmp_path, ["a"], lambda: now[0])
+    board = Board(tmp_path, ["a"], lambda: now[0], lambda: now[0])
     board.write()
     board.accounts({"a": Account(replies=1)})
     assert json.loads((tmp_path / "status.json").read_text())["clients"]["a"]["replies"] == 0
     now[0] += 0.6
     board.accounts({"a": Account(replies=2)})
     assert json.loads((tmp_path / "status.json").read_text())["clients"]["a"]["replies"] == 2
+
+
+def test_a_clock_that_is_set_back_does_not_silence_it(tmp_path: Path) -> None:
+    wall, steady = [7200.0], [0.0]
+    board = Board(tmp_path, ["a"], lambda: wall[0], lambda: steady[0])
+    board.write()
+    wall[0], steady[0] = wall[0] - 3600, 0.6
+    board.accounts({"a": Account(replies=1)})
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert found["clients"]["a"]["replies"] == 1 and found["written"] == 3600

@@ -38,7 +38,7 @@ from omnifm.spectral.prototypes import prototypes
 from omnifm.tasks.base import Model
 
 _WEIGHTS, _PROTOTYPES, _COUNTS = "adcol/discriminator/", "adcol/prototypes/", "adcol/counts/"
-_FEATURES = "adcol/features"
+_FEATURES, _SENT, _SENT_COUNTS = "adcol/features", "adcol/prototypes", "adcol/counts"
 _BATCH = 32
 
 
@@ -100,7 +100,7 @@ class ADCOL(Strategy):
             return Upload({_FEATURES: features})
         generator = seeds.generator(job.seed, "adcol", job.round, job.client)
         vectors, counts = prototypes(features, self.options.prototypes, generator, rho=math.inf)
-        return Upload({"adcol/prototypes": vectors, "adcol/counts": counts})
+        return Upload({_SENT: vectors, _SENT_COUNTS: counts})
 
     # ------------------------------------------------------------------ the server
     def extra_for(self, server: ServerState, client: str) -> Mapping[str, Tensor]:
@@ -113,30 +113,41 @@ class ADCOL(Strategy):
         super().begin_round(server)
         self._came: dict[str, Tensor] = {}
 
+    def vet(self, server: ServerState, reply: Reply) -> None:
+        """Judge the features, or what sums them up."""
+        what = self.options.upload
+        vectors, counts = self._sent(reply)
+        most = self.options.prototypes if what == "prototypes" else reply.num_examples
+        if vectors is None or counts is None:
+            raise FederationError(f"its {what} are missing, or how many images they stand for is")
+        fits = vectors.dim() == 2 and 1 <= len(vectors) <= most and vectors.shape[1] == self._width(server, vectors)
+        if not fits or not vectors.is_floating_point():
+            raise FederationError(f"its {what} have shape {tuple(vectors.shape)}, or are no fractions")
+        if counts.shape != vectors.shape[:1] or not bool((counts > 0).all()):
+            raise FederationError("the counts of its prototypes must be one positive number for each")
+        if not bool(vectors.isfinite().all()) or not bool(counts.isfinite().all()):
+            raise FederationError(f"a value of its {what} is not finite")
+        self._require_known(reply, (_FEATURES,) if what == "features" else (_SENT, _SENT_COUNTS))
+
+    def _sent(self, reply: Reply) -> tuple[Tensor | None, Tensor | None]:
+        """Return what a client sent, and of how many images each row is."""
+        if self.options.upload == "prototypes":
+            return reply.extra.get(_SENT), reply.extra.get(_SENT_COUNTS)
+        features = reply.extra.get(_FEATURES)
+        return features, None if features is None or not features.dim() else torch.ones(len(features))
+
+    def _width(self, server: ServerState, vectors: Tensor) -> int:
+        """Return the length of a feature; where nothing says it, that of `vectors`."""
+        known = {**server.extra, **self._came, _SENT: vectors}
+        wide = (t.shape[1] for n, t in known.items() if n.startswith((_PROTOTYPES, _WEIGHTS + "0.weight", _SENT)))
+        return self.width or next(wide)
+
     def receive(self, server: ServerState, reply: Reply) -> None:
         """Put what a client sent aside until the round ends."""
         super().receive(server, reply)
-        known = next((t.shape[1] for n, t in {**server.extra, **self._came}.items() if n.startswith(_PROTOTYPES)), None)
-        if _WEIGHTS + "0.weight" in server.extra:
-            known = server.extra[_WEIGHTS + "0.weight"].shape[1]
-        vectors, counts = self._checked(reply, known)
+        vectors, counts = self._sent(reply)
+        assert vectors is not None and counts is not None  # `vet` has seen it
         self._came |= {_PROTOTYPES + reply.client: vectors, _COUNTS + reply.client: counts}
-
-    def _checked(self, reply: Reply, width: int | None) -> tuple[Tensor, Tensor]:
-        who, what = f"client {reply.client}, round {reply.round}", self.options.upload
-        vectors, counts = reply.extra.get(f"adcol/{what}"), reply.extra.get("adcol/counts")
-        most = self.options.prototypes
-        if what == "features" and vectors is not None:
-            counts, most = torch.ones(len(vectors)) if vectors.dim() else None, reply.num_examples
-        if vectors is None or counts is None:
-            raise FederationError(f"{who}: its {what} are missing, or how many images they stand for is")
-        if vectors.dim() != 2 or not 1 <= len(vectors) <= most or vectors.shape[1] != (width or vectors.shape[1]):
-            raise FederationError(f"{who}: its {what} have shape {tuple(vectors.shape)}")
-        if counts.shape != vectors.shape[:1] or not bool((counts > 0).all()):
-            raise FederationError(f"{who}: the counts of its prototypes must be one positive number for each")
-        if not bool(vectors.isfinite().all()) or not bool(counts.isfinite().all()):
-            raise FederationError(f"{who}: a value of its {what} is not finite")
-        return vectors, counts
 
     def end_round(self, server: ServerState, round_index: int) -> dict[str, Any]:
         """Average, then train the discriminator on the round's features, or the latest prototypes of all clients."""

@@ -105,18 +105,21 @@ class F3OCUS(Strategy):
         mask = server.extra.get(f"{_MASK}/{client}")
         return {} if mask is None else {_MASK: mask}
 
+    def vet(self, server: ServerState, reply: Reply) -> None:
+        """Judge the scores of layers."""
+        layers, scores = changed_layers(reply.tensors), reply.extra.get(_SCORES)
+        if scores is None or scores.shape != (len(layers),):
+            raise FederationError("its scores of layers are missing, or not one for each")
+        if not bool((scores >= 0).all()) or not abs(float(scores.sum()) - 1) <= 1e-3:
+            raise FederationError("its scores of layers are not shares of one")
+        self._require_known(reply, (_SCORES,))
+
     def receive(self, server: ServerState, reply: Reply) -> None:
         """Add what the client has trained to the mean; keep its scores."""
-        layers, scores = changed_layers(reply.tensors), reply.extra.get(_SCORES)
-        who = f"client {reply.client}, round {reply.round}"
-        if scores is None or scores.shape != (len(layers),):
-            raise FederationError(f"{who}: its scores of layers are missing, or not one for each")
-        if not bool((scores >= 0).all()) or abs(float(scores.sum()) - 1) > 1e-3:
-            raise FederationError(f"{who}: its scores of layers are not shares of one")
         rest = left_out(reply.tensors, server.extra.get(f"{_MASK}/{reply.client}"))
         trained = {n: t for n, t in reply.tensors.items() if n not in rest}
         self._mean.add(trained, self.context.weight(reply.num_examples))
-        self._came[f"{_SCORES}/{reply.client}"] = scores
+        self._came[f"{_SCORES}/{reply.client}"] = reply.extra[_SCORES]
 
     def begin_round(self, server: ServerState) -> None:
         """Wait for scores."""

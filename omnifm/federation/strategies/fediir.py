@@ -118,28 +118,27 @@ class FedIIR(Strategy):
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
+    def vet(self, server: ServerState, reply: Reply) -> None:
+        """Judge the sums of gradients. One that is not sent is not counted: a part of a head may have none."""
+        sums, found = _sums_of(reply), reply.extra.get(_BATCHES, torch.tensor(0))
+        counted = found.shape == () and not found.is_floating_point() and int(found) >= bool(sums)
+        if self.options.penalty and (_BATCHES not in reply.extra or not counted):
+            raise FederationError("of how many batches its gradients are is missing")
+        held = self.holds.get(reply.client, server.shared.keys())
+        for name, total in sums.items():
+            if name not in server.shared or name not in held or total.shape != server.shared[name].shape:
+                raise FederationError(f"the gradient of {name} has shape {tuple(total.shape)}, or is of what it does not have")
+            if not total.is_floating_point() or not bool(total.isfinite().all()):
+                raise FederationError(f"the gradient of {name} is not finite")
+        self._require_known(reply, {_BATCHES, *map(_SUM.__add__, sums)} if self.options.penalty else ())
+
     def receive(self, server: ServerState, reply: Reply) -> None:
         """Add tensors to the mean, and gradients to theirs."""
         super().receive(server, reply)
-        sums = {n.removeprefix(_SUM): t for n, t in reply.extra.items() if n.startswith(_SUM)}
-        batches = self._checked(server, reply, sums)
-        for name, total in sums.items():
+        batches = int(reply.extra.get(_BATCHES, 0))
+        for name, total in _sums_of(reply).items():
             self._totals[name] = self._totals[name] + total if name in self._totals else total
             self._counts[name] = self._counts.get(name, 0) + batches
-
-    def _checked(self, server: ServerState, reply: Reply, sums: Mapping[str, Tensor]) -> int:
-        """Return how many batches the sums are of. Raises FederationError if they are missing, of other shape or not finite."""
-        who = f"client {reply.client}, round {reply.round}"
-        found = reply.extra.get(_BATCHES, torch.tensor(0))
-        batches = int(found) if found.shape == () else 0
-        if self.options.penalty and (_BATCHES not in reply.extra or batches < bool(sums)):
-            raise FederationError(f"{who}: of how many batches its gradients are is missing")
-        for name, total in sums.items():
-            if name not in server.shared or total.shape != server.shared[name].shape:
-                raise FederationError(f"{who}: the gradient of {name} has shape {tuple(total.shape)}")
-            if not bool(total.isfinite().all()):
-                raise FederationError(f"{who}: the gradient of {name} is not finite")
-        return batches
 
     def end_round(self, server: ServerState, round_index: int) -> dict[str, Any]:
         """Average, and move G."""
@@ -150,3 +149,8 @@ class FedIIR(Strategy):
             old = server.extra.get(_MEAN + name)
             server.extra[_MEAN + name] = new if old is None else ema * old + new
         return facts
+
+
+def _sums_of(reply: Reply) -> dict[str, Tensor]:
+    """Return the sums of gradients in a reply, by the names of the parameters."""
+    return {name.removeprefix(_SUM): total for name, total in reply.extra.items() if name.startswith(_SUM)}

@@ -112,28 +112,29 @@ class FedProto(Strategy):
         self._sums: Tensor | None = None
         self._weights = torch.zeros(self.context.label_count, dtype=torch.float64)
 
+    def vet(self, server: ServerState, reply: Reply) -> None:
+        """Judge prototypes and counts."""
+        vectors, counts = (reply.extra.get(name) for name in (_PROTOTYPES, _COUNTS))
+        if vectors is None or counts is None:
+            raise FederationError("its prototypes are missing, or how many images they stand for is")
+        old = self._sums if self._sums is not None else server.extra.get(_PROTOTYPES)
+        width = self.width or (vectors.shape[-1] if old is None else old.shape[1])
+        if vectors.shape != (self.context.label_count, width) or not vectors.is_floating_point():
+            raise FederationError(f"its prototypes have shape {tuple(vectors.shape)}, or are no fractions")
+        if counts.shape != vectors.shape[:1] or counts.is_floating_point() or bool((counts < 0).any()):
+            raise FederationError("the counts of its prototypes must be one whole number for each class")
+        if not bool(vectors.isfinite().all()):
+            raise FederationError("a prototype is not finite")
+        self._require_known(reply, (_PROTOTYPES, _COUNTS))
+
     def receive(self, server: ServerState, reply: Reply) -> None:
         """Add a client's prototypes, each by its number of images."""
         super().receive(server, reply)
-        old = self._sums if self._sums is not None else server.extra.get(_PROTOTYPES)
-        vectors, counts = self._checked(reply, None if old is None else old.shape[1])
+        vectors, counts = reply.extra[_PROTOTYPES], reply.extra[_COUNTS]
         weights = torch.tensor([self.context.weight(n) if n else 0 for n in counts.tolist()], dtype=torch.float64)
         terms = vectors.double() * weights[:, None]
         self._sums = terms if self._sums is None else self._sums + terms
         self._weights += weights
-
-    def _checked(self, reply: Reply, width: int | None) -> tuple[Tensor, Tensor]:
-        who = f"client {reply.client}, round {reply.round}"
-        vectors, counts = (reply.extra.get(name) for name in (_PROTOTYPES, _COUNTS))
-        if vectors is None or counts is None:
-            raise FederationError(f"{who}: its prototypes are missing, or how many images they stand for is")
-        if vectors.dim() != 2 or vectors.shape != (self.context.label_count, width or vectors.shape[1]):
-            raise FederationError(f"{who}: its prototypes have shape {tuple(vectors.shape)}")
-        if counts.shape != vectors.shape[:1] or counts.is_floating_point() or bool((counts < 0).any()):
-            raise FederationError(f"{who}: the counts of its prototypes must be one whole number for each class")
-        if not bool(vectors.isfinite().all()):
-            raise FederationError(f"{who}: a prototype is not finite")
-        return vectors, counts
 
     def end_round(self, server: ServerState, round_index: int) -> dict[str, Any]:
         """Make C of what came."""

@@ -245,10 +245,9 @@ class OmniFM(Strategy):
             raise FederationError(f"tensor {min(odd)} is {'missing' if min(odd) in wanted else 'unknown'}")
         if not self._uses_bank:
             return
-        if len(extra["prototypes/weight"]) > self.options.bank.prototypes:
-            raise FederationError(
-                f"{len(extra['prototypes/weight'])} prototypes, at most {self.options.bank.prototypes} are taken"
-            )
+        rows, most = extra["prototypes/weight"].numel(), self.options.bank.prototypes
+        if rows > most:
+            raise FederationError(f"{rows} prototypes, at most {most} are taken")
         modality = self.context.modality_index(reply.client)
         self._open.check(extra["prototypes/vectors"], modality, extra["prototypes/weight"])
         if wanted >= _RETRIEVALS:

@@ -86,6 +86,7 @@ class Scaffold(Strategy):
 
     def vet(self, server: ServerState, reply: Reply) -> None:
         """Judge the change of the control variates."""
+        self._require_known(reply, {CHANGE + name for name in reply.tensors.keys() - self.buffers})
         for name in reply.tensors.keys() - self.buffers:
             change = reply.extra.get(CHANGE + name)
             shape = reply.tensors[name].shape

@@ -1,0 +1,100 @@
+"""What a hospital insists on, whatever the server's config says: a small TOML file of its own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from omnifm import build
+from omnifm.config import Config, one_line, read_toml
+from omnifm.errors import ConfigError, FederationError
+from omnifm.federation.messages import Request
+from omnifm.federation.strategies.omnifm import OmniFMOptions
+
+
+class Policy(BaseModel):
+    """The least a federation has to offer, and the most it may ask. Every default asks for nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    secure_aggregation: bool = Field(False, description="The server must learn the sum of updates alone.")
+    min_example_noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="Least noise of DP-SGD, in units of its clip.")
+    min_client_noise: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="Least noise on the sum of updates, in units of its clip; the server adds it."
+    )
+    min_clients: int = Field(0, ge=0, description="Fewest clients in the federation.")
+    strategies: list[str] = Field([], description="Allowed strategies; empty: all.")
+    allow_bank: bool = Field(True, description="Whether prototypes of spectra may go to OmniFM's bank.")
+    allow_extras: bool = Field(True, description="Whether anything may leave besides weights, losses and scores.")
+    max_rounds: int = Field(0, ge=0, description="Most rounds; 0: any number.")
+    max_local_epochs: int = Field(0, ge=0, description="Most passes over the data in a round; 0: any number.")
+    max_local_steps: int = Field(0, ge=0, description="Most optimiser steps in a round, where steps are counted; 0: any number.")
+
+    def check(self, config: Config, clients: int = 0) -> None:
+        """Raise FederationError, in one line with everything that falls short, unless a federation is as it should be.
+
+        Args:
+            config: the server's.
+            clients: how many there are; 0: not known yet.
+        """
+        short = [*self._privacy(config), *self._uploads(config), *self._effort(config)]
+        if clients and clients < self.min_clients:
+            short.append(f"{clients} clients, at least {self.min_clients} are wanted")
+        if short:
+            raise FederationError(f"refused by this hospital's policy: {'; '.join(short)}")
+
+    def check_request(self, request: Request) -> None:
+        """Raise FederationError if a request asks for more than the config that came with it may."""
+        short = []
+        if self.max_rounds and request.round >= self.max_rounds and request.kind == "train":
+            short.append(f"round {request.round}, at most {self.max_rounds} rounds are allowed")
+        for key, most in (("epochs", self.max_local_epochs), ("steps", self.max_local_steps)):
+            asked = request.settings.get(key, 0)
+            if most and not (isinstance(asked, int) and asked <= most):
+                short.append(f"{key} = {asked!r} in a request, at most {most} are allowed")
+        if short:
+            raise FederationError(f"refused by this hospital's policy: {'; '.join(short)}")
+
+    def _privacy(self, config: Config) -> Iterator[str]:
+        privacy = config.privacy
+        if self.secure_aggregation and not privacy.secure_aggregation:
+            yield "privacy.secure_aggregation = false"
+        for key, least in (("example_noise", self.min_example_noise), ("noise_multiplier", self.min_client_noise)):
+            found = getattr(privacy, key)
+            if found < least:
+                yield f"privacy.{key} = {found:g}, at least {least:g} is wanted"
+        if privacy.noise == "seeded" and (self.min_example_noise or self.min_client_noise):
+            yield 'privacy.noise = "seeded", which anybody can take off'
+
+    def _uploads(self, config: Config) -> Iterator[str]:
+        kind, options = build.strategy_options(config)
+        if self.strategies and config.strategy not in self.strategies:
+            yield f"strategy = {config.strategy!r}, allowed: {', '.join(self.strategies)}"
+        sends = kind.card.up
+        if isinstance(options, OmniFMOptions):
+            sends = sends if options.reads_bank else ""  # without a bank the spectral path sends the model alone
+            if options.reads_bank and not self.allow_bank:
+                yield f"strategies.{config.strategy} has a bank"
+        sends = "; ".join(filter(None, [sends, "mean spectra" if options.aggregation == "neighbours" else ""]))
+        if sends and not self.allow_extras:
+            yield f"strategy {config.strategy} sends more than the model ({sends})"
+
+    def _effort(self, config: Config) -> Iterator[str]:
+        federation = config.federation
+        limits = (("rounds", self.max_rounds), ("local_epochs", self.max_local_epochs), ("local_steps", self.max_local_steps))
+        for key, most in limits:
+            found = getattr(federation, key)
+            if most and found > most:
+                yield f"federation.{key} = {found}, at most {most} are allowed"
+
+
+def read_policy(path: Path) -> Policy:
+    """Read a policy. Raises ConfigError naming the file and the key that is wrong."""
+    raw = read_toml(path)
+    try:
+        policy = Policy.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {one_line(error)}") from None
+    if unknown := sorted(set(policy.strategies) - build.STRATEGIES.keys()):
+        raise ConfigError(f"{path}: strategies: there is no strategy {unknown[0]!r}")
+    return policy
