@@ -77,7 +77,7 @@ class Int8:
         scale = (longest / _LEVELS).float()
         # Rounded up, so that the largest number still is one of the 127.
         scale = torch.where(scale.double() * _LEVELS < longest, scale.nextafter(scale.new_tensor(math.inf)), scale)
-        # A number that is none makes the scale none, and so all that is read with it.
+        # A number that is none makes the scale none, and so all that is read with it; as int8 it would be anything.
         sound = bool(scale.isfinite()) and bool(scale > 0)
         codes = (change / scale.double()).round() if sound else torch.zeros_like(change)
         return {"": codes.to(torch.int8), ":scale": scale}
@@ -123,7 +123,7 @@ class TopK:
 
     def _count(self, start: Tensor) -> int:
         # .07 of 100 are 7, whatever floating point makes of the product.
-        return math.ceil(round(self._share * start.numel(), 6))
+        return max(1, math.ceil(round(self._share * start.numel(), 6)))
 
 
 def largest(magnitudes: Tensor, count: int) -> Tensor:

@@ -16,9 +16,10 @@ from omnifm.errors import ConfigError, FederationError
 from omnifm.federation.aggregation import update_norm
 from omnifm.federation.client import RESIDUAL
 from omnifm.federation.messages import Reply, decode, encode
+from omnifm.tasks.base import Model
 from tests.conformance.test_properties import kill_in_round
 from tests.federation.test_compression import METHODS, NAME, NAN, PRIVATE, put, settings
-from tests.support import HOSPITALS, Altered, Lab, Spy, Wire, differing, make_lab, make_split, spy
+from tests.support import HOSPITALS, NEIGHBOURS, Altered, Lab, MemoryTask, Spy, Wire, differing, make_lab, make_split, spy
 
 
 def allowed(lab: Lab) -> bool:
@@ -144,6 +145,43 @@ def test_a_residual_waits_until_its_client_takes_part_again(strategy: str, tmp_p
         moved[index] = sent[f"{NAME}:value"].double() - start[NAME].double().flatten()[index]
         balance += (tensors[NAME].double() - start[NAME].double()).flatten() - moved
     torch.testing.assert_close(balance, lab.private("a")[RESIDUAL + NAME].double().flatten(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("upload", METHODS)
+def test_what_the_server_reads_is_what_each_client_wrote_against_what_it_was_sent(upload: str, tmp_path: Path) -> None:
+    """In neighbourhoods clients are sent different tensors from the second round on."""
+    lab = make_lab(tmp_path, "fedavg", NEIGHBOURS, **settings(upload))
+    found, seen = listen(lab), []
+    receive = lab.strategy.receive
+    lab.strategy.receive = lambda server, reply: (seen.append(reply), receive(server, reply))[1]  # type: ignore[method-assign]
+    lab.run()
+    assert len({start[NAME].numpy().tobytes() for _, start, _ in found}) > 2
+    for reply, (_, start, sent) in zip(seen, found, strict=True):
+        assert differing(dict(reply.tensors), lab.site._compression.restore(sent, start)) == []
+
+
+@pytest.mark.parametrize("upload", METHODS)
+def test_clients_that_hold_different_tensors_send_what_they_hold(
+    upload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def holds(task: MemoryTask, model: Model, client: str) -> frozenset[str] | None:
+        return frozenset(model.state_dict()) - {NAME} if client == "a" else None
+
+    monkeypatch.setattr(MemoryTask, "holds", holds)
+    lab = make_lab(tmp_path, engine=Spy, **settings(upload))
+    lab.run()
+    kept = {r.client: {n for n in r.tensors if n.startswith(NAME)} for r in spy(lab).trained(0)}
+    assert not kept["a"] and kept["b"] and kept["b"] == kept["d"]
+    assert lab.private("a") == {} and lab.private("b").keys() == {RESIDUAL + NAME}
+
+
+def test_running_statistics_are_sent_as_they_are_whatever_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omnifm.federation.compression.LEAST", 1)
+    lab = make_lab(tmp_path, engine=Spy, model__norm="batch", **settings("int8"))
+    lab.run()
+    types = {n: t.dtype for n, t in spy(lab).trained()[0].tensors.items() if not n.endswith(":scale")}
+    left = {n for n, dtype in types.items() if dtype is not torch.int8}
+    assert left == {f"backbone.norm.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")} and len(types) == 9
 
 
 @pytest.mark.parametrize("upload", METHODS)
