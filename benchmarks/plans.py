@@ -79,6 +79,19 @@ def _tuned(name: str) -> Callable[[], list[Variant]]:
     return lambda: read_variants(CONFIGS / f"{name}_tuned.toml")
 
 
+def _compressed() -> list[Variant]:
+    """Return the uploads that are compared, each as FedAvg and as OmniFM."""
+    changes: dict[str, tuple[str, ...]] = {
+        "": (),
+        "bf16": ("compression.upload='bf16'",),
+        "int8": ("compression.upload='int8'",),
+        "top10": ("compression.upload='topk'", "compression.topk_share=0.1"),
+        "top1": ("compression.upload='topk'", "compression.topk_share=0.01"),
+        "top1-forgets": ("compression.upload='topk'", "compression.topk_share=0.01", "compression.error_feedback=false"),
+    }
+    return [Variant(strategy, name, own) for name, own in changes.items() for strategy in ("fedavg", "omnifm")]
+
+
 _CLASSIFICATION = ("local", "centralised", "fedavg", "fedprox", "fedper", "omnifm")
 TABLES = {
     "classification": Table(
@@ -96,6 +109,7 @@ TABLES = {
         },
         ("accuracy",),
     ),
+    "compression": Table({"main": Part(_named("classification"), _compressed, 0.2)}, ("accuracy",)),
     "segmentation": Table(
         {
             "main": Part(_named("segmentation"), _plain(*FIVE)),

@@ -20,6 +20,7 @@ from omnifm.engines.inprocess import InProcessEngine
 from omnifm.engines.workers import WorkerEngine
 from omnifm.errors import ConfigError, DataError
 from omnifm.federation.client import LocalConfig, Site
+from omnifm.federation.compression import Compression, check_compression
 from omnifm.federation.private import Noise, check_private, longest_update
 from omnifm.federation.rounds import Engine, Federation
 from omnifm.federation.schedule import draw_schedule
@@ -260,6 +261,7 @@ def make_site(config: Config, store: Path, data: Data | None = None) -> Site:
         rounds=config.federation.rounds,
         augmented=config.data.augment != "none",
         privacy=config.privacy,
+        compression=config.compression,
     )
     clients = tuple(plan.id for plan in data.plans)
     return Site(partial(make_model, config, task, strategy), task, strategy, clients, ClientStore(store), local)
@@ -269,11 +271,12 @@ def make_schedule(config: Config, site: Site, clients: Sequence[str]) -> tuple[t
     """Return who takes part in which round.
 
     Raises:
-        ConfigError: the run asks for a privacy that this strategy, model or schedule cannot have.
+        ConfigError: the run asks for a privacy or a compression that this strategy, model or schedule cannot have.
     """
     federation = config.federation
     schedule = draw_schedule(clients, federation.rounds, federation.participation, config.seed)
     check_private(config, site.strategy, site.initial_shared(), schedule)
+    check_compression(config, site.strategy, site.initial_shared())
     return schedule
 
 
@@ -285,7 +288,7 @@ def make_federation(
     num_train: Mapping[str, int],
     evaluate: Callable[[ServerState, int], None],
 ) -> Federation:
-    """Return what the round loop runs on, with the protection that the config asks for."""
+    """Return what the round loop runs on, with the protection and the compression that the config asks for."""
     privacy, skips = config.privacy, config.security.refused == "skip"
     if privacy.secure_aggregation:
         engine = SecureEngine(engine, privacy, strategy.context.weight, num_train, skip=skips)
@@ -300,6 +303,7 @@ def make_federation(
         longest=longest_update(config.security, privacy),
         skips=skips,
         noise=Noise(privacy, config.seed) if privacy.noise_multiplier else None,
+        compression=Compression(config.compression, strategy.buffers),
     )
 
 

@@ -18,7 +18,7 @@ from omnifm.errors import ConfigError
 
 _LATER = ("local_steps", "weighting", "min_replies", "deadline")
 """Keys of `[federation]` that came after results had been published; left at their defaults they change no digest."""
-_LATER_SECTIONS = ("security", "privacy")
+_LATER_SECTIONS = ("security", "privacy", "compression")
 """Sections of which the same is true."""
 
 
@@ -177,6 +177,25 @@ class PrivacyConfig(Section):
         return self
 
 
+class CompressionConfig(Section):
+    """How what a client uploads is made smaller. Off by default."""
+
+    upload: Literal["none", "bf16", "int8", "topk"] = Field(
+        "none", description="Changes of the weights in bfloat16 or 8 bits, or only those that are largest."
+    )
+    topk_share: Real = Field(0.1, gt=0.0, le=1.0, description="Share of a tensor's numbers that `topk` sends.")
+    error_feedback: bool = Field(True, description="What was left out is added to the client's next upload.")
+
+    @model_validator(mode="after")
+    def _is_used(self) -> "CompressionConfig":
+        fields = type(self).model_fields
+        if self.upload != "topk" and self.topk_share != fields["topk_share"].default:
+            raise ValueError("compression.topk_share is for compression.upload = 'topk'")
+        if self.upload == "none" and not self.error_feedback:
+            raise ValueError("compression.error_feedback is for uploads that are compressed: set compression.upload")
+        return self
+
+
 class EngineConfig(Section):
     """Where and how the arithmetic is done. `workers` changes the time a run takes, never its bits."""
 
@@ -202,6 +221,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig.model_construct()
     security: SecurityConfig = SecurityConfig.model_construct()
     privacy: PrivacyConfig = PrivacyConfig.model_construct()
+    compression: CompressionConfig = CompressionConfig.model_construct()
     strategies: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Options by strategy name.")
     tasks: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Options by task name.")
 

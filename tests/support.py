@@ -307,6 +307,7 @@ def make_lab(
         rounds=config.federation.rounds,
         augmented=config.data.augment != "none",
         privacy=config.privacy,
+        compression=config.compression,
     )
     clients = tuple(h.id for h in hospitals)
     site = Site(partial(build.make_model, config, task, site_strategy), task, site_strategy, clients, store, local)

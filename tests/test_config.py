@@ -59,6 +59,10 @@ def config(**changes: Any) -> Config:
         ({"model__weights": "imagenet"}, "comes with model.backbone = 'efficientnet_lite0' alone"),
         ({"model__backbone": "efficientnet_lite0"}, "set model.norm = 'batch'"),
         ({"federation__label_space": "cohort", "federation__cohorts": [{"path": "a"}] * 2}, "names one folder twice"),
+        ({"compression__upload": "zip"}, "compression.upload: "),
+        ({"compression__upload": "topk", "compression__topk_share": 0.0}, "compression.topk_share: "),
+        ({"compression__upload": "int8", "compression__topk_share": 0.5}, "topk_share is for compression.upload = 'topk'"),
+        ({"compression__error_feedback": False}, "compression.error_feedback is for uploads that are compressed"),
     ],
 )
 def test_every_mistake_is_one_line_with_its_key(changes: Mapping[str, Any], message: str) -> None:
@@ -203,8 +207,13 @@ SAME = [
     {"federation__local_steps": 0, "federation__weighting": "examples"},
     {"security__refused": "end", "security__max_update_norm": 0},
     {"privacy__clip": 0.0, "privacy__secure_aggregation": False},
+    {"compression__upload": "none", "compression__topk_share": 0.1},
 ]
 OTHER = [
+    {"compression__upload": "int8"},
+    {"compression__upload": "topk"},
+    {"compression__upload": "topk", "compression__topk_share": 0.01},
+    {"compression__upload": "topk", "compression__error_feedback": False},
     {"privacy__clip": 1.0},
     {"privacy__secure_aggregation": True},
     {"security__refused": "skip"},
@@ -227,6 +236,10 @@ OTHER = [
 @pytest.mark.parametrize("changes", SAME)
 def test_what_cannot_change_a_score_does_not_change_the_digest(changes: Mapping[str, Any]) -> None:
     assert digest(config(**changes)) == digest(config())
+
+
+def test_options_that_came_later_leave_the_digests_of_published_runs_as_they_were() -> None:
+    assert digest(config()) == "f7cc3895778c"
 
 
 def test_what_can_change_a_score_does() -> None:

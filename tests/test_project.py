@@ -250,6 +250,7 @@ def documented_defaults(section: type[BaseModel]) -> dict[str, str]:
         ("engine", config.EngineConfig),
         ("security", config.SecurityConfig),
         ("privacy", config.PrivacyConfig),
+        ("compression", config.CompressionConfig),
     ],
 )
 def test_the_docs_give_each_config_key_with_its_default(title: str, section: type[BaseModel]) -> None:

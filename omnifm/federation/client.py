@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from omnifm import seeds
-from omnifm.config import EngineConfig, OptimiserConfig, PrivacyConfig
+from omnifm.config import CompressionConfig, EngineConfig, OptimiserConfig, PrivacyConfig
 from omnifm.errors import ConfigError, FederationError
 from omnifm.federation import sharing
 from omnifm.federation.aggregation import shortened
+from omnifm.federation.compression import Compression
 from omnifm.federation.effort import Effort, Phase, steps_of
 from omnifm.federation.example_level import ExampleLevel
 from omnifm.federation.messages import Reply, Request
@@ -27,6 +28,8 @@ from omnifm.tasks.base import Batch, ClientData, JoinedSplit, Model, Output, Spl
 
 STATE = "state:"
 """Prefix of the strategy's own tensors in a client's private file."""
+RESIDUAL = "residual:"
+"""Prefix there of what compression holds back for the client's next upload."""
 POOLED = "pooled"
 """Name of the client that holds everybody's data (`centralised`)."""
 
@@ -46,6 +49,7 @@ class LocalConfig:
     rounds: int
     augmented: bool
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
 
 
 def learning_rate(optimiser: OptimiserConfig, round_index: int, rounds: int) -> float:
@@ -97,6 +101,7 @@ class Site:
         optimiser, privacy = config.optimiser, config.privacy
         example = ExampleLevel(self.model, privacy, config.seed, optimiser.batch_size) if privacy.example_clip else None
         self._example = example
+        self._compression = Compression(config.compression, strategy.buffers)
         self.sharing = sharing.split_state(self.model, strategy.private(self.model), strategy.context.buffers)
         self.holds = {client: names for client in clients if (names := self._held(client)) is not None}
         strategy.holds = self.holds
@@ -148,13 +153,14 @@ class Site:
             if not self.strategy.tolerates_nonfinite:
                 raise
             # The server discards it by its loss. Nothing was saved: the client's private state is that before the round.
-            return self._reply(request, self._count(request), request.tensors, metrics={"loss": math.nan})
+            unchanged, _ = self._compression.compress(request.tensors, request.tensors, {})
+            return self._reply(request, self._count(request), unchanged, metrics={"loss": math.nan})
 
     def _count(self, request: Request) -> int:
         return int(request.settings.get("budget") or len(self._data(request.client).train))
 
     def _trained(self, request: Request) -> Reply:
-        state = self._install(request)
+        state, residual = self._install(request)
         config = self._config
         job = self._job(request, state, learning_rate(config.optimiser, request.round, config.rounds))
         with seeds.scope(config.seed, "train", request.round, request.client):
@@ -165,9 +171,10 @@ class Site:
         tensors: Mapping[str, Tensor] = sharing.read(self.model, self._of(request.client, self.sharing.shared))
         if self.strategy.tolerates_nonfinite:
             _require_finite(tensors, request, "a tensor is not finite after training")
-        self._save(request, job)
         if self._config.privacy.clip:
             tensors = shortened(tensors, request.tensors, self._config.privacy.clip)
+        tensors, held_back = self._compression.compress(tensors, request.tensors, residual)
+        self._save(request, job, held_back)
         reply = self._reply(request, self._count(request), tensors, upload.extra, {**losses, **upload.metrics})
         return self._parties.hide(request, reply)
 
@@ -183,7 +190,7 @@ class Site:
             self.strategy.globalise(self.model)
             state: dict[str, Tensor] = {}
         else:
-            state = self._install(request)
+            state, _ = self._install(request)
         job = self._job(request, state, float(settings.get("finetune_lr") or 0.0), training=False)
         with seeds.scope(self._config.seed, "evaluate", request.round, request.client):
             self.strategy.begin(job)
@@ -207,10 +214,10 @@ class Site:
         parts = [self.task.client_data(c) for c in sorted(self._clients)]
         return ClientData(*(JoinedSplit([p.split(name) for p in parts]) for name in ("train", "val", "test")))
 
-    def _install(self, request: Request) -> dict[str, Tensor]:
-        """Put shared and private tensors into the model; return the strategy's private tensors."""
+    def _install(self, request: Request) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Put shared and private tensors into the model; return the strategy's private tensors, and the residual."""
         saved = self._store.load(request.client, request.round)
-        private = {name: tensor for name, tensor in saved.items() if not name.startswith(STATE)}
+        private = {name: tensor for name, tensor in saved.items() if not name.startswith((STATE, RESIDUAL))}
         missing = set(self._of(request.client, self.sharing.shared)) - set(request.tensors)
         if missing:
             raise FederationError(f"client {request.client}: the request lacks tensor {min(missing)}")
@@ -218,11 +225,16 @@ class Site:
             sharing.write(self.model, {**self._initial, **private, **request.tensors})
         except FederationError as error:
             raise FederationError(f"client {request.client}: {error}") from None
-        return {name.removeprefix(STATE): tensor for name, tensor in saved.items() if name.startswith(STATE)}
+        state, residual = (
+            {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
+            for prefix in (STATE, RESIDUAL)
+        )
+        return state, residual
 
-    def _save(self, request: Request, job: LocalJob) -> None:
+    def _save(self, request: Request, job: LocalJob, residual: Mapping[str, Tensor]) -> None:
         private = sharing.read(self.model, self._of(request.client, self.sharing.private))
         private |= {STATE + name: tensor for name, tensor in job.state.items()}
+        private |= {RESIDUAL + name: tensor for name, tensor in residual.items()}
         if private:
             _require_finite(private, request, "a private tensor is not finite after training (lower optimiser.lr?)")
             self._store.save(request.client, request.round, private, keep=request.settings.get("keep", ()))
@@ -363,7 +375,7 @@ class Site:
 
     def predictor(self, request: Request) -> Callable[[Batch], Tensor]:
         """Make the model the client's; return what predicts with it, until the next request."""
-        job = self._job(request, self._install(request), training=False)
+        job = self._job(request, self._install(request)[0], training=False)
         self.strategy.begin(job)
         return partial(self._predict, job)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from omnifm import seeds
 from omnifm.errors import FederationError, NotFiniteError
 from omnifm.federation.aggregation import update_norm
+from omnifm.federation.compression import Compression
 from omnifm.federation.messages import Kind, Reply, Request, size_by_group
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy
@@ -88,6 +89,26 @@ def check_origin(reply: Reply, asked: Asked | None, round_index: int) -> None:
         raise FederationError(f"{who}: the reply is for {reply.kind} in round {reply.round}")
     if reply.nonce != asked.nonce:
         raise FederationError(f"{who}: the reply answers another request; it is old, or of another run")
+
+
+def restored(reply: Reply, round_index: int, sent: Mapping[str, Tensor], compression: Compression) -> Reply:
+    """Return a reply to a training request with its shared tensors in full.
+
+    Args:
+        reply: its origin is known.
+        round_index: the round.
+        sent: the shared tensors that the client was sent.
+        compression: how they were made smaller.
+
+    Raises:
+        FederationError: naming the client, if what it sent does not fit, or has values that no such client sends.
+    """
+    who = label(reply, round_index)
+    _check_fit(reply, who, compression.outline(sent))
+    try:
+        return replace(reply, tensors=compression.restore(reply.tensors, sent))
+    except FederationError as error:
+        raise FederationError(f"{who}: {error}") from None
 
 
 def check_upload(reply: Reply, round_index: int, sent: Mapping[str, Tensor], longest: float) -> None:

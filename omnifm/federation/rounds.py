@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from omnifm.config import FederationConfig
+from omnifm.config import CompressionConfig, FederationConfig
 from omnifm.errors import FederationError, NotFiniteError
 from omnifm.federation import guard
 from omnifm.federation.client import POOLED
+from omnifm.federation.compression import Compression
 from omnifm.federation.messages import Reply, Request, size_by_group
 from omnifm.federation.private import Noise
 from omnifm.federation.state import ServerState
@@ -58,6 +59,7 @@ class Federation:
         longest: largest norm of a client's update; 0: any.
         skips: whether a round goes on without a client whose reply is refused; otherwise the run ends.
         noise: what is added to the mean; None: nothing.
+        compression: how clients make what they upload smaller.
     """
 
     strategy: Strategy
@@ -70,6 +72,7 @@ class Federation:
     longest: float = 0.0
     skips: bool = False
     noise: Noise | None = None
+    compression: Compression = field(default_factory=lambda: Compression(CompressionConfig()))
 
 
 def run_rounds(federation: Federation, server: ServerState, start: int, recorder: Recorder) -> None:
@@ -110,7 +113,7 @@ def _round(federation: Federation, server: ServerState, index: int, recorder: Re
     for reply in federation.engine.exchange(_requests(federation, server, index, post)):
         asked = post.settle(reply)
         try:
-            _check(federation, server, index, reply, asked)
+            accepted = _accepted(federation, server, index, reply, asked)
         except FederationError as error:
             if not _goes_on(federation, error):
                 raise
@@ -118,7 +121,7 @@ def _round(federation: Federation, server: ServerState, index: int, recorder: Re
             _discard(reply, index, asked, error, recorder)
             continue
         mark = time.perf_counter()
-        strategy.receive(server, reply)
+        strategy.receive(server, accepted)
         aggregating += time.perf_counter() - mark
         losses[reply.client] = (reply.metrics["loss"], reply.num_examples)
         recorder.event(_client_event(reply, index, asked))
@@ -167,14 +170,19 @@ def held(tensors: Mapping[str, Tensor], names: frozenset[str] | None) -> Mapping
     return tensors if names is None else {name: tensor for name, tensor in tensors.items() if name in names}
 
 
-def _check(federation: Federation, server: ServerState, index: int, reply: Reply, asked: guard.Asked | None) -> None:
-    """Raise FederationError unless a reply counts. Nothing was made of it yet."""
+def _accepted(federation: Federation, server: ServerState, index: int, reply: Reply, asked: guard.Asked | None) -> Reply:
+    """Return a reply that counts, its tensors in full. Raises FederationError if it does not; nothing was made of it yet."""
     guard.check_origin(reply, asked, index)
-    longest = federation.longest
-    # Without a bound only shapes matter, which all clients' tensors have in common.
-    sent = _sent(federation, server, reply.client) if longest else held(server.shared, federation.holds.get(reply.client))
+    longest, compression = federation.longest, federation.compression
+    if longest or compression.on:
+        sent = _sent(federation, server, reply.client)
+    else:  # only shapes matter, which all clients' tensors have in common
+        sent = held(server.shared, federation.holds.get(reply.client))
+    if compression.on:
+        reply = guard.restored(reply, index, sent, compression)
     guard.check_upload(reply, index, sent, longest)
     guard.check_extra(reply, index, federation.strategy, server)
+    return reply
 
 
 def _goes_on(federation: Federation, error: FederationError) -> bool:

@@ -79,6 +79,10 @@ class Strategy:
     mean_suffices: ClassVar[bool] = False
     """True: of the shared tensors the server needs the clients' weighted mean alone, never one client's. It is declared, not
     inherited from FedAvg: a subclass may look at more."""
+    compares_numbers: ClassVar[bool] = False
+    """True: the server compares clients number by number, by sign or rank; numbers left as they were would mislead it."""
+    leaves_out: ClassVar[bool] = False
+    """True: of the tensors of a reply that counts, the server may leave some out."""
     tolerates_nonfinite: ClassVar[bool] = False
     """True: a reply that is not finite, or a client whose training is not, is left out of its round, and counted; by default
     it ends the run."""

@@ -69,6 +69,7 @@ class F3OCUS(Strategy):
     )
     Options: ClassVar[type[StrategyOptions]] = F3OCUSOptions
     predicts_with_extra: ClassVar[bool] = False
+    leaves_out: ClassVar[bool] = True
     options: F3OCUSOptions
 
     def setup(self, model: Model) -> None:

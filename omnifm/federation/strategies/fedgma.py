@@ -36,6 +36,7 @@ class FedGMA(Strategy):
 
     card: ClassVar[Card] = Card(paper="Tenison et al., TMLR 2023", search={"tau": (0.2, 0.4, 0.6, 0.8)})
     Options: ClassVar[type[StrategyOptions]] = FedGMAOptions
+    compares_numbers: ClassVar[bool] = True
     options: FedGMAOptions
 
     def begin_round(self, server: ServerState) -> None:

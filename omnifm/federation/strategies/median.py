@@ -24,6 +24,7 @@ class Median(robust.Robust):
     """The median in place of the mean."""
 
     card: ClassVar[Card] = Card(paper="Yin et al., ICML 2018")
+    compares_numbers: ClassVar[bool] = True
 
     def _combine(self, server: ServerState, replies: Sequence[Reply]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         del server

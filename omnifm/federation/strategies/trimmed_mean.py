@@ -35,6 +35,7 @@ class TrimmedMean(robust.Robust):
 
     card: ClassVar[Card] = Card(paper="Yin et al., ICML 2018", search={"beta": (0.1, 0.2, 0.3, 0.4)})
     Options: ClassVar[type[StrategyOptions]] = TrimmedMeanOptions
+    compares_numbers: ClassVar[bool] = True
     options: TrimmedMeanOptions
 
     def _combine(self, server: ServerState, replies: Sequence[Reply]) -> tuple[dict[str, Tensor], dict[str, Any]]:
