@@ -197,7 +197,8 @@ def make_strategy(config: Config, data: Data, task: Task) -> Strategy:
     found, options = strategy_options(config)
     clients = tuple(ClientInfo(plan.id, plan.modality, len(plan.train)) for plan in data.plans)
     federation, buffers = config.federation, config.model.buffers
-    facts = (buffers, task.one_label_space, federation.weighting, task.label_count)
+    budgeted = config.privacy.prototype_clip > 0
+    facts = (buffers, task.one_label_space, federation.weighting, task.label_count, budgeted)
     return found(options, Context(clients, config.seed, federation.rounds, *facts))
 
 

@@ -19,6 +19,7 @@ from omnifm.federation.aggregation import shortened
 from omnifm.federation.effort import Effort, Phase, steps_of
 from omnifm.federation.example_level import ExampleLevel
 from omnifm.federation.messages import Reply, Request
+from omnifm.federation.release import Release
 from omnifm.federation.secure import Parties
 from omnifm.federation.state import LocalJob
 from omnifm.federation.store import ClientStore
@@ -97,6 +98,7 @@ class Site:
         optimiser, privacy = config.optimiser, config.privacy
         example = ExampleLevel(self.model, privacy, config.seed, optimiser.batch_size) if privacy.example_clip else None
         self._example = example
+        self._release = Release(privacy, config.seed) if privacy.prototype_clip else None
         self.sharing = sharing.split_state(self.model, strategy.private(self.model), strategy.context.buffers)
         self.holds = {client: names for client in clients if (names := self._held(client)) is not None}
         strategy.holds = self.holds
@@ -241,6 +243,7 @@ class Site:
             labels=None if request.client == POOLED else self.task.labels(request.client),
             lr=lr,
             training=training,
+            release=self._release,
         )
 
     @staticmethod
