@@ -16,6 +16,7 @@ from omnifm.data.cache import default_cache_dir
 from omnifm.data.cohort import Cohort
 from omnifm.data.partition import ClientPlan, partition
 from omnifm.data.vetted import require_vetted
+from omnifm.data.words import Words
 from omnifm.engines.inprocess import InProcessEngine
 from omnifm.engines.workers import WorkerEngine
 from omnifm.errors import ConfigError, DataError
@@ -114,6 +115,7 @@ class Data:
     cohorts: dict[str, Cohort]
     plans: tuple[ClientPlan, ...]
     cache: Path
+    words: tuple[Words, ...] = ()
 
 
 def load_data(config: Config, *, check: bool = True) -> Data:
@@ -175,7 +177,7 @@ def cut(config: Config, entry: CohortConfig, cohort: Cohort) -> list[ClientPlan]
 
 def make_task(config: Config, data: Data) -> Task:
     """Return the task of the run."""
-    return build_task(TaskData(config, data.cohorts, data.plans, data.cache, build_task))
+    return build_task(TaskData(config, data.cohorts, data.plans, data.cache, build_task, data.words))
 
 
 def build_task(data: TaskData) -> Task:

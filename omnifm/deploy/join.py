@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omnifm.data.words import Discretion
 from omnifm.deploy.app import node_command, write_programs
 from omnifm.deploy.certs import Folder, require_cryptography
 from omnifm.deploy.hospital import Hospital
@@ -34,6 +35,7 @@ class Member:
         certs: folder with ca.crt and nodes/ID.key; None: on this machine alone.
         state: folder of private state and of Flower's files; nothing else is written.
         cache: folder of decoded images; empty: the user's.
+        discretion: what may be told of answers.
         say: called with a line for people now and then.
     """
 
@@ -43,6 +45,7 @@ class Member:
     certs: Path | None
     state: Path
     cache: str = ""
+    discretion: Discretion = field(default_factory=Discretion)
     say: Callable[[str], None] = log.info
     _node: Child | None = field(default=None, init=False)
     _failures: int = field(default=0, init=False)
@@ -56,7 +59,7 @@ class Member:
     def run(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Answer the server until `stop` says so, or for ever."""
         self.state.mkdir(parents=True, exist_ok=True)
-        hospital = Hospital(self.cohort, self.client, self.state / "private", self.cache)
+        hospital = Hospital(self.cohort, self.client, self.state / "private", self.cache, self.discretion)
         listener = Listener(hospital.answer, self.state / "worker.json")
         try:
             self._start()

@@ -15,6 +15,7 @@ from omnifm.config import Config
 from omnifm.data.cohort import Cohort
 from omnifm.data.partition import ClientPlan
 from omnifm.data.readers import Image
+from omnifm.data.words import Discretion, Words
 from omnifm.errors import ConfigError, FederationError
 from omnifm.metrics.base import NOTHING, Metric
 
@@ -265,6 +266,7 @@ class TaskData:
         plans: which rows each client holds.
         cache: folder of decoded images.
         make_task: builds the task that `config.task` names; for a task that is made of tasks.
+        words: what hospitals say of the words in their rows, where those are elsewhere; empty: all rows are here.
     """
 
     config: Config
@@ -272,6 +274,7 @@ class TaskData:
     plans: Sequence[ClientPlan]
     cache: Path
     make_task: Callable[["TaskData"], "Task"] = _no_tasks_inside
+    words: Sequence[Words] = ()
 
     @property
     def local(self) -> dict[str, Cohort]:
@@ -287,6 +290,8 @@ class Task(ABC):
     """Kinds of cohort (`task` in cohort.toml) that it can train on."""
     apart: ClassVar[bool] = False
     """Whether it can be built where only `TaskData.local` has rows: then it reads the spec of the other cohorts and no more."""
+    tells: ClassVar[bool] = False
+    """Whether it has to know more of other cohorts' rows than their number: what `introduce` tells."""
     Options: ClassVar[type[TaskOptions]] = TaskOptions
     primary: str
     """The metric that model choice and tables go by; larger is better."""
@@ -304,6 +309,16 @@ class Task(ABC):
     def __init__(self, data: TaskData, options: TaskOptions) -> None:
         self.data = data
         self.options = options
+
+    @classmethod
+    def introduce(cls, cohort: Cohort, plan: ClientPlan, discretion: Discretion) -> tuple[ClientPlan, Words | None]:
+        """Return what a client says of the words in its rows, and its plan without training rows that this leaves out.
+
+        Raises:
+            DataError: nothing may be told.
+        """
+        del cohort, discretion
+        return plan, None
 
     @abstractmethod
     def client_data(self, client: str) -> ClientData:
