@@ -224,10 +224,8 @@ def test_what_a_hospital_tells_of_answers_is_what_its_command_says(
     monkeypatch.setattr("omnifm.deploy.join.Hospital", opened)
     monkeypatch.setattr("omnifm.cli.deploy._end_well", lambda: None)
     (tmp_path / "answers.txt").write_text("yes\n no \n", encoding="utf-8")
-    for given, told in (
-        ({}, Discretion(5)),
-        ({"answers_least": 2, "answers": tmp_path / "answers.txt"}, Discretion(2, ("yes", "no"))),
-    ):
+    own = {"answers_least": 2, "answers": tmp_path / "answers.txt"}
+    for given, told in (({}, Discretion(5)), (own, Discretion(2, ("yes", "no")))):
         with pytest.raises(ToldError) as caught:
             join("localhost:1", data / "scan", "a", state=tmp_path / "state", **given)  # type: ignore[arg-type]
         assert caught.value.args == (told,)

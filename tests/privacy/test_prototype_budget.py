@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from omnifm.federation.budgets import by_client, of_a_client
 from omnifm.federation.messages import Reply, Request
 from omnifm.federation.private import statement
 from omnifm.federation.release import Release
+from omnifm.federation.strategies.omnifm import OmniFM
 from omnifm.privacy.accounting import SLACK, Releases, epsilon, epsilon_of_examples
 from omnifm.spectral.compose import SpectralPath
 from omnifm.spectral.fft import low_pass_amplitude
-from tests.support import Lab, Spy, differing, make_lab, spy
+from omnifm.spectral.lloyd import bound
+from tests.support import Lab, MemorySplit, Spy, differing, make_lab, spy
 
 EXAMPLE = {"privacy__example_clip": 1.0, "privacy__example_noise": 1.0}
 CLIENT = {"privacy__clip": 0.5, "privacy__noise_multiplier": 2.0, "federation__weighting": "equal"}
@@ -118,6 +121,36 @@ def test_without_noise_prototypes_are_the_means_of_a_lloyd_step_and_with_it_they
     loud.run()
     moved = uploads(loud, "a")[0]["prototypes/vectors"]
     assert moved.shape != found.shape or not torch.allclose(moved, found, atol=1e-4)
+
+
+class Kept(Release):
+    """Remembers the sums."""
+
+    def sums(self, added: Tensor, place: Tensor, slots: int, bound: float, *purpose: str | int) -> Tensor:
+        self.found = super().sums(added, place, slots, bound, *purpose)
+        return self.found
+
+
+def test_neighbours_of_a_client_are_the_bound_apart_and_in_one_line_alone(tmp_path: Path) -> None:
+    """By brute force through the client: every data set with one image less. No other image's share moves by a single bit."""
+    lab = private(tmp_path, noise=0.0, **MEAN)
+    strategy, kept = lab.site.strategy, Kept(lab.config.privacy, 0)
+    assert isinstance(strategy, OmniFM) and isinstance(lab.site.model.path, SpectralPath)
+    job = lab.site._job(Request("train", 0, "c", lab.untrained), {})
+    split = job.data.train
+
+    def sums(index: Tensor) -> Tensor:
+        batch = split.batch(index)
+        data = replace(job.data, train=MemorySplit(batch.image, batch.target))
+        strategy._released(replace(job, data=data), lab.site.model.path, kept)  # type: ignore[arg-type]
+        return kept.found
+
+    everybody = torch.arange(len(split))
+    whole = sums(everybody)
+    for gone in everybody:
+        moved = whole - sums(everybody[everybody != gone])
+        assert float(moved.norm()) == pytest.approx(bound(1.0), rel=1e-6)  # s is on the sphere: the bound is met
+        assert int((moved.abs().sum(dim=1) > 1e-12).sum()) == 1
 
 
 def test_prototypes_leave_in_so_many_rounds_and_nothing_else_does(tmp_path: Path) -> None:
