@@ -16,6 +16,7 @@ from omnifm.data.cache import default_cache_dir
 from omnifm.data.cohort import Cohort
 from omnifm.data.partition import ClientPlan, partition
 from omnifm.data.vetted import require_vetted
+from omnifm.data.words import Words
 from omnifm.engines.inprocess import InProcessEngine
 from omnifm.engines.workers import WorkerEngine
 from omnifm.errors import ConfigError, DataError
@@ -115,6 +116,7 @@ class Data:
     cohorts: dict[str, Cohort]
     plans: tuple[ClientPlan, ...]
     cache: Path
+    words: tuple[Words, ...] = ()
 
 
 def load_data(config: Config, *, check: bool = True) -> Data:
@@ -176,7 +178,7 @@ def cut(config: Config, entry: CohortConfig, cohort: Cohort) -> list[ClientPlan]
 
 def make_task(config: Config, data: Data) -> Task:
     """Return the task of the run."""
-    return build_task(TaskData(config, data.cohorts, data.plans, data.cache, build_task))
+    return build_task(TaskData(config, data.cohorts, data.plans, data.cache, build_task, data.words))
 
 
 def build_task(data: TaskData) -> Task:
@@ -198,7 +200,8 @@ def make_strategy(config: Config, data: Data, task: Task) -> Strategy:
     found, options = strategy_options(config)
     clients = tuple(ClientInfo(plan.id, plan.modality, len(plan.train)) for plan in data.plans)
     federation, buffers = config.federation, config.model.buffers
-    facts = (buffers, task.one_label_space, federation.weighting, task.label_count)
+    budgeted = config.privacy.prototype_clip > 0
+    facts = (buffers, task.one_label_space, federation.weighting, task.label_count, budgeted)
     return found(options, Context(clients, config.seed, federation.rounds, *facts))
 
 

@@ -159,6 +159,17 @@ class PrivacyConfig(Section):
     example_noise: Real = Field(
         0.0, ge=0.0, description="Standard deviation of the noise on a step's sum of gradients, in units of `example_clip`."
     )
+    prototype_clip: Real = Field(
+        0.0,
+        ge=0.0,
+        description="Longest spectrum of one image where a client tells of its images; longer ones are shortened. 0: no budget.",
+    )
+    prototype_noise: Real = Field(
+        0.0,
+        ge=0.0,
+        description="Noise on the sums of these spectra, in units of what one image adds (one client, where `clip` is set).",
+    )
+    prototype_releases: int = Field(1, ge=1, description="Rounds in which a client sends prototypes; each one is paid for.")
     delta: Real = Field(1e-5, gt=0.0, lt=1.0, description="The delta for which epsilon is stated.")
     noise: Literal["secret", "seeded"] = Field(
         "secret",
@@ -174,6 +185,18 @@ class PrivacyConfig(Section):
             raise ValueError("privacy.noise_multiplier is in units of privacy.clip: set that too")
         if self.example_noise and not self.example_clip:
             raise ValueError("privacy.example_noise is in units of privacy.example_clip: set that too")
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_fit(self) -> "PrivacyConfig":
+        if self.prototype_noise and not self.prototype_clip:
+            raise ValueError("privacy.prototype_noise is in units of privacy.prototype_clip: set that too")
+        if self.prototype_clip and not (self.clip or self.example_clip):
+            raise ValueError("privacy.prototype_clip: the weights need a budget too; set privacy.example_clip or privacy.clip")
+        weights = bool(self.noise_multiplier or self.example_noise)
+        if self.prototype_clip and weights != bool(self.prototype_noise):
+            without = "the prototypes" if weights else "the weights, which read the spectra,"
+            raise ValueError(f"privacy.prototype_noise: {without} would have no noise; set it for both or for neither")
         return self
 
 

@@ -290,7 +290,7 @@ def _finish(parts: _Parts) -> dict[str, Any]:
 
 
 def _privacy(parts: _Parts) -> dict[str, Any]:
-    found = statement(parts.config, {p.id: len(p.train) for p in parts.data.plans}, parts.schedule)
+    found = statement(parts.config, {p.id: len(p.train) for p in parts.data.plans}, parts.schedule, parts.strategy)
     return {} if found is None else {"privacy": found}
 
 

@@ -326,7 +326,8 @@ def make_strategy(config: Config, hospitals: Sequence[Hospital], task: Task) -> 
     found, options = build.strategy_options(config)
     infos = tuple(ClientInfo(h.id, h.modality, h.train) for h in hospitals)
     federation, buffers = config.federation, config.model.buffers
-    facts = (buffers, task.one_label_space, federation.weighting, task.label_count)
+    budgeted = config.privacy.prototype_clip > 0
+    facts = (buffers, task.one_label_space, federation.weighting, task.label_count, budgeted)
     context = Context(infos, config.seed, federation.rounds, *facts)
     return found(options, context)
 

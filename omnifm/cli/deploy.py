@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from omnifm.cli.run import Config, Set
+from omnifm.data.words import LEAST
 
 Certs = Annotated[
     Path | None, typer.Option("--certs", metavar="DIR", help="Folder that omnifm certs made; without it, this machine alone.")
@@ -64,15 +65,24 @@ def join(
     policy: Annotated[
         Path | None, typer.Option("--policy", metavar="FILE", help="What this hospital insists on; see docs/privacy.md.")
     ] = None,
+    answers_least: Annotated[
+        int,
+        typer.Option(min=1, help="Questions: answers that fewer training rows have are not told, and such rows left out."),
+    ] = LEAST,
+    answers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Answers that may be told however rare they are, one a line.")
+    ] = None,
 ) -> None:
     """Join a federation with a cohort; runs until interrupted. The config comes from the server, paths never do."""
     import logging
 
+    from omnifm.data.words import read_discretion
     from omnifm.deploy.join import make_member
 
     _end_well()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     member = make_member(server, cohort, client, certs, state or Path(f"hospital-{client}"), policy)
+    member.discretion = read_discretion(answers_least, answers)
     member.say = lambda line: typer.echo(line, err=True)
     typer.echo(f"{client} joins {server}; interrupt to leave", err=True)
     member.run()

@@ -9,8 +9,12 @@ from omnifm.config import CohortConfig, Config
 from omnifm.data.cohort import Cohort
 from omnifm.data.partition import ClientPlan
 from omnifm.data.vetted import require_vetted
-from omnifm.errors import ConfigError, DataError
+from omnifm.data.words import Discretion
+from omnifm.errors import ConfigError, DataError, FederationError
 from omnifm.federation.introduction import Introduction, in_order, introduce
+from omnifm.tasks.base import Task
+
+_RESERVED = Discretion()
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,14 @@ def _name(entry: CohortConfig) -> str:
     return Path(entry.path).name
 
 
-def own_client(config: Config, folder: Path, client: str) -> Own:
+def own_client(config: Config, folder: Path, client: str, discretion: Discretion = _RESERVED) -> Own:
     """Read a hospital's cohort, cut it as the config says, and return the part that is this client's.
 
     Args:
         config: the server's.
         folder: of the cohort, on this machine.
         client: id of the client; where the cohort is one client's, NAME-0 by the cohort's name.
+        discretion: what may be told of answers, where the task has to know some.
 
     Raises:
         DataError: the cohort has a problem, is not in the config, or has no such client.
@@ -72,7 +77,14 @@ def own_client(config: Config, folder: Path, client: str) -> Own:
         known = ", ".join(plan.id for plan in plans)
         raise DataError(f"client {client}: cohort {cohort.name} has no such client; it is cut into {known}")
     require_vetted([cohort], build.cache_folder(config))
-    return Own(cohort, plans[place], introduce(cohort, plans[place], place))
+    plan, words = _task_of(cohort.spec.task).introduce(cohort, plans[place], discretion)
+    return Own(cohort, plan, introduce(cohort, plan, place, words))
+
+
+def _task_of(kind: str) -> type[Task]:
+    """Return the task of a kind of cohort; a mixture has one for each."""
+    found: type[Task] = build.lookup(build.TASKS, "task", kind)
+    return found
 
 
 def data_apart(config: Config, introductions: Sequence[Introduction], own: Own | None = None) -> build.Data:
@@ -88,10 +100,15 @@ def data_apart(config: Config, introductions: Sequence[Introduction], own: Own |
     cohorts = {one.spec.name: Cohort.elsewhere(one.spec) for one in ordered}
     for cohort in cohorts.values():
         build.require_readable(config, cohort)
+    for one in ordered:
+        if _task_of(one.spec.task).tells != (one.words is not None):
+            said = "words" if one.words else "no words"
+            raise FederationError(f"client {one.client}: says {said} of a cohort of {one.spec.task}")
     plans = [one.plan for one in ordered]
     if own is not None:
         if own.introduction not in ordered:
             raise DataError(f"client {own.plan.id}: the server's list of clients does not have it as it is")
         cohorts[own.cohort.name] = own.cohort
         plans = [own.plan if plan.id == own.plan.id else plan for plan in plans]
-    return build.Data(cohorts, tuple(plans), build.cache_folder(config))
+    words = tuple(one.words for one in ordered if one.words is not None)
+    return build.Data(cohorts, tuple(plans), build.cache_folder(config), words)

@@ -10,6 +10,7 @@ from typing import Any
 
 from omnifm import build
 from omnifm.config import Config, dump, parse
+from omnifm.data.words import Discretion
 from omnifm.deploy.data import Own, data_apart, own_client, public
 from omnifm.deploy.policy import Policy
 from omnifm.engines.calls import Call, pack, unpack
@@ -38,11 +39,22 @@ class Hospital:
         store: folder of private state, on this machine's disk.
         cache: folder of decoded images; empty: the user's cache folder.
         policy: what this hospital insists on.
+        discretion: what may be told of answers.
     """
 
-    def __init__(self, cohort: Path, client: str, store: Path, cache: str = "", policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        cohort: Path,
+        client: str,
+        store: Path,
+        cache: str = "",
+        *,
+        policy: Policy | None = None,
+        discretion: Discretion | None = None,
+    ) -> None:
         self._cohort, self._client, self._store, self._cache = cohort, client, store, cache
         self._policy = policy or Policy()
+        self._discretion = discretion or Discretion()
         self._open: _Open | None = None
 
     def answer(self, blob: bytes) -> bytes:
@@ -88,7 +100,7 @@ class Hospital:
         return config.model_copy(update={"data": config.data.model_copy(update={"cache": self._cache})})
 
     def _own(self, config: Config) -> Own:
-        return own_client(config, self._cohort, self._client)
+        return own_client(config, self._cohort, self._client, self._discretion)
 
     def _site(self, header: Mapping[str, Any]) -> Site:
         """Return the site for this federation; the one in use, unless the federation is another one."""
@@ -99,6 +111,8 @@ class Hospital:
             self._policy.check(config, len(data.plans))
             self._open = _Open(header, build.make_site(config, self._store, data))
             asked = {name: value for name, value in dump(config)["privacy"].items() if value}
+            if not config.privacy.prototype_clip:
+                del asked["prototype_releases"]  # of nothing
             log.info("strategy %s, %d clients, privacy %s", config.strategy, len(data.plans), asked)
         return self._open.site
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omnifm.data.words import Discretion
 from omnifm.deploy.app import node_command, write_programs
 from omnifm.deploy.certs import Folder, require_cryptography
 from omnifm.deploy.hospital import Hospital
@@ -38,6 +39,7 @@ class Member:
         state: folder of private state and of Flower's files; nothing else is written.
         cache: folder of decoded images; empty: the user's.
         policy: what the hospital insists on.
+        discretion: what may be told of answers.
         say: called with a line for people now and then.
     """
 
@@ -48,6 +50,7 @@ class Member:
     state: Path
     cache: str = ""
     policy: Policy = field(default_factory=Policy)
+    discretion: Discretion = field(default_factory=Discretion)
     say: Callable[[str], None] = log.info
     _node: Child | None = field(default=None, init=False)
     _failures: int = field(default=0, init=False)
@@ -68,7 +71,8 @@ class Member:
         if said := self._refusal():
             raise ConfigError(said)
         self.state.mkdir(parents=True, exist_ok=True)
-        hospital = Hospital(self.cohort, self.client, self.state / "private", self.cache, self.policy)
+        private = self.state / "private"
+        hospital = Hospital(self.cohort, self.client, private, self.cache, policy=self.policy, discretion=self.discretion)
         listener = Listener(hospital.answer, self.state / "worker.json")
         try:
             self._start()

@@ -20,11 +20,13 @@ from omnifm.federation.compression import Compression
 from omnifm.federation.effort import Effort, Phase, steps_of
 from omnifm.federation.example_level import ExampleLevel
 from omnifm.federation.messages import Reply, Request
+from omnifm.federation.pooled import JoinedSplit
+from omnifm.federation.release import Release
 from omnifm.federation.secure import Parties
 from omnifm.federation.state import LocalJob
 from omnifm.federation.store import ClientStore
 from omnifm.federation.strategy import Step, Strategy
-from omnifm.tasks.base import Batch, ClientData, JoinedSplit, Model, Output, Split, Task
+from omnifm.tasks.base import Batch, ClientData, Model, Output, Split, Task
 
 STATE = "state:"
 """Prefix of the strategy's own tensors in a client's private file."""
@@ -102,6 +104,7 @@ class Site:
         example = ExampleLevel(self.model, privacy, config.seed, optimiser.batch_size) if privacy.example_clip else None
         self._example = example
         self._compression = Compression(config.compression, strategy.buffers)
+        self._release = Release(privacy, config.seed) if privacy.prototype_clip else None
         self.sharing = sharing.split_state(self.model, strategy.private(self.model), strategy.context.buffers)
         self.holds = {client: names for client in clients if (names := self._held(client)) is not None}
         strategy.holds = self.holds
@@ -253,6 +256,7 @@ class Site:
             labels=None if request.client == POOLED else self.task.labels(request.client),
             lr=lr,
             training=training,
+            release=self._release,
         )
 
     @staticmethod

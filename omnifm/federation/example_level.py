@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnifm import seeds
 from omnifm.config import PrivacyConfig
 from omnifm.errors import ConfigError
+from omnifm.federation.noise import stream_key
 from omnifm.federation.state import LocalJob
 from omnifm.privacy import crypto
 
@@ -118,14 +118,18 @@ class ExampleLevel:
         return [part.view(p.shape).float() for part, p in zip(draws.split(sizes), self._weights, strict=True)]
 
     def _key(self, job: LocalJob, purpose: str, step: int) -> bytes:
-        if self._privacy.noise == "secret":
-            return seeds.secret(crypto.KEY_BYTES)
-        seed = seeds.derive(self._seed, "privacy", purpose, job.round, job.client, job.phase, step)
-        return crypto.hkdf(seed.to_bytes(8, "big"), b"omnifm example noise 1")
+        stream = (purpose, job.round, job.client, job.phase, step)
+        return stream_key(self._privacy, self._seed, b"omnifm example noise 1", *stream)
 
     def _forget(self) -> None:
+        """Drop what Opacus holds. Where no loss reaches a layer it would keep its inputs, and later count its passes wrong."""
+        for module in self._model.modules():
+            module.__dict__.pop("activations", None)
+            module.__dict__.pop("max_batch_len", None)
         for p in self._weights:
             p.grad_sample = None  # type: ignore[attr-defined]  # Opacus's
+            p.__dict__.pop("_current_grad_sample", None)
+            p._forward_counter = 0  # type: ignore[attr-defined]
 
 
 class _Copied(nn.Module):

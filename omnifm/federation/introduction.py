@@ -1,6 +1,7 @@
 """What a hospital says of itself before training across machines: all that the others need to build the same model.
 
-Counts, modalities and the names of classes; no row, no patient, no file name, and none of the free text in `cohort.toml`.
+Counts, modalities and the names of classes; no row, no patient, no file name, and none of the free text in `cohort.toml`. Where
+questions are asked, what the hospital lets out of their words too.
 """
 
 import itertools
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from omnifm.config import one_line
 from omnifm.data.cohort import Cohort, CohortSpec
 from omnifm.data.partition import ClientPlan
+from omnifm.data.words import Words
 from omnifm.errors import FederationError
 
 MOST_EXAMPLES = 10_000_000
@@ -28,6 +30,7 @@ class Introduction(BaseModel):
         spec: `cohort.toml` without its free text.
         modality: of the client's rows, joined with `+`.
         train, val, test: numbers of its rows.
+        words: what it tells of the words in them; None for tasks that need nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +42,7 @@ class Introduction(BaseModel):
     train: Annotated[int, Field(ge=1, le=MOST_EXAMPLES)]
     val: Count
     test: Count
+    words: Words | None = None
 
     @property
     def plan(self) -> ClientPlan:
@@ -47,10 +51,10 @@ class Introduction(BaseModel):
         return ClientPlan(self.client, self.spec.name, self.modality, *rows)
 
 
-def introduce(cohort: Cohort, plan: ClientPlan, place: int) -> Introduction:
+def introduce(cohort: Cohort, plan: ClientPlan, place: int, words: Words | None = None) -> Introduction:
     """Return what others may know of a client."""
     counts = {"train": len(plan.train), "val": len(plan.val), "test": len(plan.test)}
-    return Introduction(client=plan.id, place=place, spec=bare(cohort.spec), modality=plan.modality, **counts)
+    return Introduction(client=plan.id, place=place, spec=bare(cohort.spec), modality=plan.modality, words=words, **counts)
 
 
 def bare(spec: CohortSpec) -> CohortSpec:

@@ -57,11 +57,16 @@ class Neighbourhoods:
         self._examples: dict[int, int] = {}
 
     def describe(self, job: LocalJob) -> dict[str, Tensor]:
-        """Return the client's mean low-pass spectrum, `(2 * band * band,)`."""
-        index = torch.arange(len(job.data.train)).split(_BATCH)
+        """Return the client's mean low-pass spectrum, `(2 * band * band,)`; with a budget, noisy and of shortened spectra."""
+        # With a budget one by one: no image may move a rounding of another's spectrum.
+        index = torch.arange(len(job.data.train)).split(1 if job.release else _BATCH)
         images = (job.data.train.batch(part).image for part in index)
+        band = self._options.neighbourhood_band
         try:
-            return {"signature": client_signature(images, self._options.neighbourhood_band)}
+            if job.release is None:
+                return {"signature": client_signature(images, band)}
+            spectra = torch.stack([client_signature(image, band) for image in images])
+            return {"signature": job.release.mean(spectra, "spectrum", job.client).float()}
         except DataError as error:
             raise DataError(f"client {job.client}: {error}") from None
 

@@ -7,20 +7,22 @@ once, before the strategy makes anything of it. Whatever it makes then (a step, 
 Noise is in float64, from ChaCha20's key stream; that floating-point numbers are no real ones (I. Mironov, CCS 2012) stays so.
 """
 
-from collections import Counter
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omnifm import seeds
 from omnifm.config import Config, PrivacyConfig, SecurityConfig
 from omnifm.errors import ConfigError
 from omnifm.federation import example_level, secure
-from omnifm.federation.effort import Effort, steps_of
+from omnifm.federation.budgets import NOT_COVERED, Worth, by_client, of_a_client
+from omnifm.federation.noise import stream_key
 from omnifm.federation.strategy import Strategy
 from omnifm.privacy import accounting, crypto
+
+_CLIENT, _EXAMPLE = "privacy.clip", "privacy.example_clip"
 
 
 class Noise:
@@ -40,9 +42,7 @@ class Noise:
         return {name: part.view(shared[name].shape) for name, part in parts}
 
     def _key(self, round_index: int) -> bytes:
-        if self._privacy.noise == "secret":
-            return seeds.secret(crypto.KEY_BYTES)
-        return crypto.hkdf(seeds.derive(self._seed, "privacy", "noise", round_index).to_bytes(8, "big"), b"omnifm noise 1")
+        return stream_key(self._privacy, self._seed, b"omnifm noise 1", "noise", round_index)
 
 
 def longest_update(security: SecurityConfig, privacy: PrivacyConfig) -> float:
@@ -66,10 +66,7 @@ def check_private(config: Config, strategy: Strategy, shared: Mapping[str, Tenso
         _check_secure(config, shared, len(schedule[0]))
     if privacy.clip:
         _check_mean("privacy.clip", config, strategy, shared)
-        if strategy.uploads:
-            raise ConfigError(
-                f"privacy.clip: with strategy {config.strategy} a client also sends {strategy.uploads}, which get no noise"
-            )
+        _check_uploads(_CLIENT, config, strategy)
         if config.federation.weighting != "equal":
             raise ConfigError("privacy.clip: the noise is for clients of equal weight; set federation.weighting = 'equal'")
         if config.security.refused != "end":
@@ -78,17 +75,31 @@ def check_private(config: Config, strategy: Strategy, shared: Mapping[str, Tenso
 
     if privacy.example_clip:
         _check_example(config, strategy)
+    if privacy.prototype_clip and not strategy.uploads:
+        raise ConfigError(f"privacy.prototype_clip: strategy {config.strategy} tells nothing of its images' spectra")
+
+
+def _check_uploads(key: str, config: Config, strategy: Strategy) -> None:
+    if strategy.uploads and not config.privacy.prototype_clip:
+        raise ConfigError(
+            f"{key}: with strategy {config.strategy} a client also sends {strategy.uploads}, which get no noise; "
+            "set privacy.prototype_clip and privacy.prototype_noise"
+        )
+    if option := strategy.unfit(by_example=key == _EXAMPLE):
+        raise ConfigError(f"{key}: it cannot be had with strategies.{config.strategy}: {option}")
 
 
 def _check_example(config: Config, strategy: Strategy) -> None:
-    key, kind = "privacy.example_clip", type(strategy)
-    hooks = ("penalty", "correct", "prepare", "phases", "finish")
-    if any(getattr(kind, hook) is not getattr(Strategy, hook) for hook in hooks) or strategy.needs_description or strategy.pooled:
+    key, kind = _EXAMPLE, type(strategy)
+    hooks = ("describe", "penalty", "correct", "prepare", "phases", "finish")
+    own = {hook for hook in hooks if getattr(kind, hook) is not getattr(Strategy, hook)}
+    if own - strategy.by_example or strategy.pooled:
         raise ConfigError(f"{key}: strategy {config.strategy} trains or sends otherwise than by the gradients of single examples")
     if config.task != "classification":
         raise ConfigError(f"{key}: the loss of task {config.task} is not known to be a mean over examples")
     if config.engine.precision != "fp32":
         raise ConfigError(f"{key}: set engine.precision = 'fp32'")
+    _check_uploads(key, config, strategy)
     accounting.epsilon_of_examples(config.privacy.example_noise, config.privacy.delta, 1, 1.0)
 
 
@@ -120,48 +131,62 @@ def _check_secure(config: Config, shared: Mapping[str, Tensor], sampled: int) ->
     crypto.public_key(bytes(crypto.KEY_BYTES))  # the extra is there
 
 
-def statement(config: Config, num_train: Mapping[str, int], schedule: Sequence[Sequence[str]]) -> dict[str, Any] | None:
-    """Return what `metrics.json` says of a run's privacy; None if the run has none."""
-    privacy, clients = config.privacy, len(num_train)
+def statement(
+    config: Config, num_train: Mapping[str, int], schedule: Sequence[Sequence[str]], strategy: Strategy | None = None
+) -> dict[str, Any] | None:
+    """Return what `metrics.json` says of a run's privacy; None if the run has none. `strategy`: as in `budgets.by_client`."""
+    privacy = config.privacy
     record: dict[str, Any] = {}
+    units: list[dict[str, Any]] = []
     if privacy.clip:
-        found = accounting.spent(privacy.noise_multiplier, privacy.delta, clients, schedule)
-        record["client_level"] = {
-            "epsilon": found.epsilon if privacy.noise_multiplier else None,
-            "epsilon_participation_known": found.participation_known if privacy.noise_multiplier else None,
-            "delta": privacy.delta,
-            "clip": privacy.clip,
-            "noise_multiplier": privacy.noise_multiplier,
-            "noise": privacy.noise,
-            "neighbours": "replace one client",
-            "clients_per_round": len(schedule[0]),
-            "clients": clients,
-            "rounds": len(schedule),
-        }
+        record["client_level"] = _client_level(config, len(num_train), schedule)
+        units.append({"unit": "one client", "client": None, **_worth(of_a_client(config, schedule, strategy))})
     if privacy.secure_aggregation:
         size = len(schedule[0])
-        quantum = secure.ring(privacy, size).quantum
         record["secure_aggregation"] = {
             "threshold": secure.threshold(privacy, size),
             "clients_per_round": size,
-            "quantum": quantum,
+            "quantum": secure.ring(privacy, size).quantum,
         }
     if privacy.example_clip:
-        record["example_level"] = example_level.record(privacy, _by_client(config, num_train, schedule))
-    return record or None
+        found = by_client(config, num_train, schedule, strategy)
+        record["example_level"] = example_level.record(privacy, {client: worth.weights for client, worth in found.items()})
+        worst = max(found, key=lambda client: found[client].together)
+        units.append({"unit": "one training image of one client", "client": worst, **_worth(found[worst])})
+    if privacy.prototype_clip and strategy is not None:
+        record["prototypes"] = _prototypes(privacy, strategy)
+    if units:
+        record["combined"] = {"delta": privacy.delta, "units": units}
+    return {**record, "not_covered": NOT_COVERED} if record else None
 
 
-def _by_client(config: Config, num_train: Mapping[str, int], schedule: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return every client's epsilon for one of its examples, over the rounds it takes part in."""
-    size, effort = config.optimiser.batch_size, Effort(config.federation.local_epochs, steps=config.federation.local_steps)
-    rounds = Counter(client for names in schedule for client in names)
+def _worth(found: Worth) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in found._asdict().items()}
+
+
+def _prototypes(privacy: PrivacyConfig, strategy: Strategy) -> dict[str, Any]:
     return {
-        client: accounting.epsilon_of_examples(
-            config.privacy.example_noise,
-            config.privacy.delta,
-            rounds[client] * steps_of(effort, count, size),
-            min(1.0, size / count),
-        )
-        for client, count in num_train.items()
-        if rounds[client]
+        "clip": privacy.prototype_clip,
+        "noise_multiplier": privacy.prototype_noise,
+        "noise": privacy.noise,
+        "of": "a client's mean" if privacy.clip else "a client's sum",
+        "releases": privacy.prototype_releases if strategy.sends_prototypes else 0,
+        "mean_spectrum": strategy.needs_description,
+    }
+
+
+def _client_level(config: Config, clients: int, schedule: Sequence[Sequence[str]]) -> dict[str, Any]:
+    privacy = config.privacy
+    found = accounting.spent(privacy.noise_multiplier, privacy.delta, clients, schedule)
+    return {
+        "epsilon": found.epsilon if privacy.noise_multiplier else None,
+        "epsilon_participation_known": found.participation_known if privacy.noise_multiplier else None,
+        "delta": privacy.delta,
+        "clip": privacy.clip,
+        "noise_multiplier": privacy.noise_multiplier,
+        "noise": privacy.noise,
+        "neighbours": "replace one client",
+        "clients_per_round": len(schedule[0]),
+        "clients": clients,
+        "rounds": len(schedule),
     }

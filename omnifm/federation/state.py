@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnifm.federation.release import Release
 from omnifm.tasks.base import ClientData, Model
 
 
@@ -21,7 +22,10 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class Context:
-    """Facts of the federation that do not change during a run. Clients and modalities are numbered by their place here."""
+    """Facts of the federation that do not change during a run. Clients and modalities are numbered by their place here.
+
+    `budgeted`: what clients tell of their images' spectra has a privacy budget (`LocalJob.release`).
+    """
 
     clients: tuple[ClientInfo, ...]
     seed: int
@@ -30,6 +34,7 @@ class Context:
     one_label_space: bool = True
     weighting: str = "examples"
     label_count: int = 0
+    budgeted: bool = False
 
     def weight(self, num_examples: int) -> int:
         """Return a client's weight in a mean: its number of training examples, or 1."""
@@ -83,6 +88,7 @@ class LocalJob:
         training: whether this is a round of training; False: an evaluation, perhaps after fine-tuning.
         phase: number of the phase that is trained.
         steps: optimiser steps taken so far, all phases together.
+        release: how spectra of this client's images may leave; None: as they are.
     """
 
     client: str
@@ -99,3 +105,4 @@ class LocalJob:
     training: bool = True
     phase: int = 0
     steps: int = 0
+    release: Release | None = None

@@ -83,6 +83,9 @@ class Strategy:
     """True: the server compares clients number by number, by sign or rank; numbers left as they were would mislead it."""
     leaves_out: ClassVar[bool] = False
     """True: of the tensors of a reply that counts, the server may leave some out."""
+    by_example: ClassVar[frozenset[str]] = frozenset()
+    """Names of the client's hooks that it changes and that keep to single examples all the same: the penalty is a mean over a
+    batch's examples, and what is sent besides goes through `LocalJob.release`."""
     tolerates_nonfinite: ClassVar[bool] = False
     """True: a reply that is not finite, or a client whose training is not, is left out of its round, and counted; by default
     it ends the run."""
@@ -160,6 +163,16 @@ class Strategy:
     def uploads(self) -> str:
         """What a client sends beside its shared tensors, in words; empty: nothing. It matters where `mean_suffices`."""
         return "its mean spectrum" if self.neighbourhoods else ""
+
+    @property
+    def sends_prototypes(self) -> bool:
+        """Whether `finish` sends prototypes, through `LocalJob.release` where there is a budget."""
+        return False
+
+    def unfit(self, *, by_example: bool) -> str:
+        """Return which option cannot be had with a budget for spectra, or with gradients of single examples; empty: none."""
+        del by_example
+        return ""
 
     def described(self, server: ServerState, replies: Mapping[str, Reply]) -> None:
         """Take in the descriptions of all clients, once."""

@@ -8,6 +8,9 @@ Neighbours: two federations of n clients of which one client's data differ (repl
 "Renyi differential privacy", CSF 2017, for the composition. Example: H. B. McMahan et al., "Learning differentially private
 recurrent language models", ICLR 2018, with sampling by coin instead.
 
+What clients tell of their images' spectra is a Gaussian mechanism of its own (`Releases`). It and the weights are about the same
+data, and each release may depend on those before it: adaptive composition, for which the Renyi divergences of all of them add up.
+
 Sampling helps against whoever does not know who took part. Against the others a client's loss is that of its own rounds, and the
 bound is that of the client with most of them: `participation_known`.
 """
@@ -23,6 +26,22 @@ from omnifm.errors import ConfigError
 
 SLACK = 1e-3
 """By how much a clipped update may be longer than C: rounding of weights to float32, of sums to a ring."""
+
+
+@dataclass(frozen=True)
+class Releases:
+    """Gaussian releases besides the weights.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise, in sensitivities under the neighbours that are counted.
+        count: how many.
+    """
+
+    noise_multiplier: float
+    count: int
+
+
+NO_RELEASES = Releases(math.inf, 0)
 
 
 @dataclass(frozen=True)
@@ -64,18 +83,23 @@ def spent(noise_multiplier: float, delta: float, clients: int, schedule: Sequenc
     return Spent(min(sampled, known), known)
 
 
-def epsilon_of_examples(noise_multiplier: float, delta: float, steps: int, rate: float) -> float:
-    """Return epsilon of so many steps of DP-SGD, each example drawn with probability `rate`; infinite without noise.
+def epsilon_of_examples(
+    noise_multiplier: float, delta: float, steps: int, rate: float, releases: Releases = NO_RELEASES
+) -> float:
+    """Return epsilon of so many steps of DP-SGD, each example drawn with probability `rate`, and of releases.
 
-    Neighbours: one example more or less (the number of examples counts as known). I. Mironov, K. Talwar, L. Zhang, "Renyi
-    differential privacy of the sampled Gaussian mechanism", arXiv 1908.10530, 2019.
+    Infinite without noise. Neighbours: one example more or less (the number of examples counts as known). I. Mironov, K. Talwar,
+    L. Zhang, "Renyi differential privacy of the sampled Gaussian mechanism", arXiv 1908.10530, 2019.
     """
-    if not noise_multiplier:
+    if (steps and not noise_multiplier) or (releases.count and not releases.noise_multiplier):
         return math.inf
     accounting = _library()
     accountant = accounting.rdp.RdpAccountant(neighboring_relation=accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    accountant.compose(accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise_multiplier)), steps)
-    return float(accountant.get_epsilon(delta))
+    if steps:
+        accountant.compose(accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise_multiplier)), steps)
+    if releases.count:
+        accountant.compose(accounting.GaussianDpEvent(releases.noise_multiplier), releases.count)
+    return float(accountant.get_epsilon(delta)) if steps or releases.count else 0.0
 
 
 def _library() -> Any:
@@ -85,13 +109,26 @@ def _library() -> Any:
         raise ConfigError("the accounting of privacy needs the extra: pip install 'omnifm[privacy]'") from None
 
 
-def epsilon(noise_multiplier: float, delta: float, rounds: int, sampling: tuple[int, int] | None = None) -> float:
-    """Return epsilon of so many rounds, with a draw of m of n (`sampling`) or with the client in all of them."""
+def epsilon(
+    noise_multiplier: float,
+    delta: float,
+    rounds: int,
+    sampling: tuple[int, int] | None = None,
+    releases: Releases = NO_RELEASES,
+) -> float:
+    """Return epsilon of so many rounds, with a draw of m of n (`sampling`) or with the client in all of them, and of releases.
+
+    Infinite without noise.
+    """
+    if (rounds and not noise_multiplier) or (releases.count and not releases.noise_multiplier):
+        return math.inf
     accounting = _library()
-    relation = accounting.NeighboringRelation.REPLACE_ONE
+    accountant = accounting.rdp.RdpAccountant(neighboring_relation=accounting.NeighboringRelation.REPLACE_ONE)
     event = accounting.GaussianDpEvent(noise_multiplier / (2 * (1 + SLACK)))
     if sampling:
         event = accounting.SampledWithoutReplacementDpEvent(sampling[1], sampling[0], event)
-    accountant = accounting.rdp.RdpAccountant(neighboring_relation=relation)
-    accountant.compose(event, rounds)
-    return float(accountant.get_epsilon(delta))
+    if rounds:
+        accountant.compose(event, rounds)
+    if releases.count:
+        accountant.compose(accounting.GaussianDpEvent(releases.noise_multiplier), releases.count)
+    return float(accountant.get_epsilon(delta)) if rounds or releases.count else 0.0

@@ -1,12 +1,8 @@
 """The section of a run's page that says what is private, from whom, and what is not: one statement for all of it."""
 
 from omnifm.report.page import Block, Note, Section, Table, number
-from omnifm.report.records import ClientLevel, ExampleLevel, Privacy, SecureSum
+from omnifm.report.records import ClientLevel, Combined, ExampleLevel, Privacy, Prototypes, SecureSum
 
-_NOT_COVERED = (
-    "Not covered by any of this: losses, scores, times and numbers of examples, which the server and this report have as they "
-    "are; the choice of the best round by validation; and what a client keeps to itself, which nobody is sent."
-)
 SEEDED = "The noise was drawn from the run's seed: whoever knows the seed can take it off, and for them epsilon is infinite."
 
 
@@ -14,14 +10,42 @@ def privacy_section(found: Privacy | None) -> Section | None:
     """Lay out a run's privacy; nothing for a run that asked for none."""
     if found is None:
         return None
-    blocks: list[Block] = []
+    blocks: list[Block] = [_combined(found.combined)] if found.combined else []
     if found.client_level:
         blocks += _client_level(found.client_level)
     if found.example_level:
         blocks += _example_level(found.example_level)
+    if found.prototypes:
+        blocks += _prototypes(found.prototypes)
     if found.secure_aggregation:
         blocks.append(Note(_secure(found.secure_aggregation)))
-    return Section("privacy", "Privacy", (*blocks, Note(_NOT_COVERED)), "What the model gives away of one client, and to whom.")
+    last = (Note(found.not_covered),) if found.not_covered else ()
+    return Section("privacy", "Privacy", (*blocks, *last), "What the model gives away of one client, and to whom.")
+
+
+def _combined(found: Combined) -> Block:
+    rows = [
+        (
+            unit.unit if unit.client is None else f"{unit.unit} (worst: {unit.client})",
+            _epsilon(unit.weights),
+            _epsilon(unit.prototypes) if unit.prototypes != 0 else "0: nothing is sent",
+            _epsilon(unit.together),
+        )
+        for unit in found.units
+    ]
+    head = ("epsilon if the data differ in", "weights", "spectra and prototypes", "both together")
+    return Table(head, tuple(rows), caption=f"The whole run, to somebody who knows who took part, at delta = {found.delta:g}")
+
+
+def _prototypes(found: Prototypes) -> list[Block]:
+    rows = (
+        ("longest spectrum of an image (clip)", f"{found.clip:g}"),
+        (f"noise on {found.of}, standard deviation", f"{found.noise_multiplier:g} times what one adds"),
+        ("rounds in which a client sends prototypes, at most", str(found.releases)),
+        ("mean spectrum", "once, with the same noise" if found.mean_spectrum else "not sent"),
+    )
+    table = Table(("budget of the spectra", "value"), rows, caption="Prototypes and mean spectra; retrieval counts are not sent")
+    return [table, *((Note(SEEDED),) if found.noise == "seeded" and found.noise_multiplier else ())]
 
 
 def _client_level(level: ClientLevel) -> list[Block]:

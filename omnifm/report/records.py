@@ -85,12 +85,43 @@ class SecureSum(_Record):
     quantum: float
 
 
+class Prototypes(_Record):
+    """The budget of what clients tell of their images' spectra."""
+
+    clip: float
+    noise_multiplier: float
+    noise: str
+    of: str
+    releases: int
+    mean_spectrum: bool
+
+
+class Unit(_Record):
+    """Epsilon for one kind of neighbours; None without noise, 0 for what is not sent."""
+
+    unit: str
+    client: str | None
+    weights: float | None
+    prototypes: float | None
+    together: float | None
+
+
+class Combined(_Record):
+    """All epsilons of a run, at one delta."""
+
+    delta: float
+    units: tuple[Unit, ...]
+
+
 class Privacy(_Record):
     """What a run says of its privacy."""
 
     client_level: ClientLevel | None = None
     example_level: ExampleLevel | None = None
     secure_aggregation: SecureSum | None = None
+    prototypes: Prototypes | None = None
+    combined: Combined | None = None
+    not_covered: str = ""
 
 
 class Metrics(_Record):

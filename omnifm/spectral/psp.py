@@ -20,9 +20,9 @@ class Suffix(nn.Module):
         super().__init__()
         self.token = nn.Parameter(torch.randn(1, 1, dim) * _INIT_STD)
 
-    def forward(self, batch: int) -> Tensor:
-        """Return c for `batch` images: (batch, 1, d)."""
-        return self.token.expand(batch, -1, -1)
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return c for every image of r (b, l, d): (b, 1, d)."""
+        return self.token.expand(len(tokens), -1, -1)
 
 
 class PartEmbedding(nn.Module):
@@ -32,8 +32,10 @@ class PartEmbedding(nn.Module):
         super().__init__()
         self.vectors = nn.Parameter(torch.randn(num_parts, dim) * _INIT_STD)
 
-    def forward(self, parts: list[Tensor]) -> Tensor:
-        """Add each part's vector and concatenate: parts of (b, l_i, d) to (b, sum l_i, d)."""
+    def forward(self, joined: Tensor) -> Tensor:
+        """Add each part's vector: (b, n, d) to the same. The last part is one token, the others share the rest equally."""
+        before = len(self.vectors) - 1
+        parts = joined.split([*[(joined.shape[1] - 1) // before] * before, 1], dim=1)
         return torch.cat([part + vector for part, vector in zip(parts, self.vectors, strict=True)], dim=1)
 
 
@@ -90,7 +92,8 @@ class PrefixSuffix(nn.Module):
         if dim % heads:
             raise ValueError(f"{dim}-dimensional tokens do not divide into {heads} attention heads")
         self.suffix = Suffix(dim)
-        self.parts = PartEmbedding(3 if prefix else 2, dim)
+        self._num_parts = 3 if prefix else 2
+        self.parts = PartEmbedding(self._num_parts, dim)
         self.block = Block(dim, heads, mlp_ratio, identity)
 
     def forward(self, tokens: Tensor, prefix: Tensor | None) -> Tensor:
@@ -103,7 +106,10 @@ class PrefixSuffix(nn.Module):
         Returns:
             (b, 2l + 1, d), or (b, l + 1, d) without prefix.
         """
-        own = self.suffix(len(tokens))
+        # Gradients by example are found layer by layer, with hooks that a tensor has to go into; no gradient leaves by this one.
+        own = self.suffix(tokens.detach())
         parts = [tokens, own] if prefix is None else [prefix, tokens, own]
-        mixed: Tensor = self.block(self.parts(parts))
+        if len(parts) != self._num_parts:
+            raise ValueError("the prefix is an argument exactly where the module was built with one")
+        mixed: Tensor = self.block(self.parts(torch.cat(parts, dim=1)))
         return mixed

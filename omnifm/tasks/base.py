@@ -15,7 +15,8 @@ from omnifm.config import Config
 from omnifm.data.cohort import Cohort
 from omnifm.data.partition import ClientPlan
 from omnifm.data.readers import Image
-from omnifm.errors import ConfigError, DataError, FederationError
+from omnifm.data.words import Discretion, Words
+from omnifm.errors import ConfigError, DataError
 from omnifm.metrics.base import NOTHING, Metric
 
 
@@ -70,40 +71,6 @@ class Split(Protocol):
 
     def batch(self, index: Tensor) -> Batch:
         """Return the examples at `index` `(b,)` int64."""
-
-
-@dataclass(frozen=True)
-class JoinedSplit:
-    """Several splits one after the other (the pooled client of `centralised`)."""
-
-    parts: Sequence[Split]
-
-    def __len__(self) -> int:
-        """Number of examples of all parts."""
-        return sum(len(part) for part in self.parts)
-
-    def batch(self, index: Tensor) -> Batch:
-        """Return the examples at `index`, in its order. Raises FederationError if they are for different networks or unlike."""
-        starts = np.cumsum([0, *(len(part) for part in self.parts)])
-        owner = torch.from_numpy(np.searchsorted(starts, index.numpy(), side="right") - 1)
-        pieces: list[Batch] = []
-        places: list[Tensor] = []
-        for number in owner.unique().tolist():
-            place = (owner == number).nonzero().flatten()
-            pieces.append(self.parts[number].batch(index[place] - int(starts[number])))
-            places.append(place)
-        return _joined(pieces, torch.cat(places).argsort())
-
-
-def _joined(pieces: Sequence[Batch], order: Tensor) -> Batch:
-    if len({piece.route for piece in pieces}) > 1:
-        raise FederationError("examples of clients with different networks cannot be pooled: leave out strategy 'centralised'")
-    try:
-        image, target, row = (torch.cat(field)[order] for field in zip(*(piece[:3] for piece in pieces), strict=True))
-        side = {name: torch.cat([piece.side[name] for piece in pieces])[order] for name in pieces[0].side}
-    except (RuntimeError, KeyError) as error:
-        raise FederationError(f"examples of different clients cannot be pooled ({str(error).splitlines()[0]})") from None
-    return Batch(image, target, row, side or NOTHING, pieces[0].route)
 
 
 @dataclass(frozen=True)
@@ -265,6 +232,7 @@ class TaskData:
         plans: which rows each client holds.
         cache: folder of decoded images.
         make_task: builds the task that `config.task` names; for a task that is made of tasks.
+        words: what hospitals say of the words in their rows, where those are elsewhere; empty: all rows are here.
     """
 
     config: Config
@@ -272,6 +240,7 @@ class TaskData:
     plans: Sequence[ClientPlan]
     cache: Path
     make_task: Callable[["TaskData"], "Task"] = _no_tasks_inside
+    words: Sequence[Words] = ()
 
     @property
     def local(self) -> dict[str, Cohort]:
@@ -294,6 +263,8 @@ class Task(ABC):
     """Kinds of cohort (`task` in cohort.toml) that it can train on."""
     apart: ClassVar[bool] = False
     """Whether it can be built where only `TaskData.local` has rows: then it reads the spec of the other cohorts and no more."""
+    tells: ClassVar[bool] = False
+    """Whether it has to know more of other cohorts' rows than their number: what `introduce` tells."""
     Options: ClassVar[type[TaskOptions]] = TaskOptions
     primary: str
     """The metric that model choice and tables go by; larger is better."""
@@ -311,6 +282,16 @@ class Task(ABC):
     def __init__(self, data: TaskData, options: TaskOptions) -> None:
         self.data = data
         self.options = options
+
+    @classmethod
+    def introduce(cls, cohort: Cohort, plan: ClientPlan, discretion: Discretion) -> tuple[ClientPlan, Words | None]:
+        """Return what a client says of the words in its rows, and its plan without training rows that this leaves out.
+
+        Raises:
+            DataError: nothing may be told.
+        """
+        del cohort, discretion
+        return plan, None
 
     @abstractmethod
     def client_data(self, client: str) -> ClientData:

@@ -211,7 +211,7 @@ class Mixed(Task):
         cohorts = {name: cohort for name, cohort in self.data.cohorts.items() if cohort.spec.task == kind}
         plans = [plan for plan in self.data.plans if plan.cohort in cohorts]
         config = changed(self.data.config, kind, self.options.set.get(kind, {}))
-        return self.data.make_task(TaskData(config, cohorts, plans, self.data.cache, self.data.make_task))
+        return self.data.make_task(TaskData(config, cohorts, plans, self.data.cache, self.data.make_task, self.data.words))
 
     def _of(self, client: str) -> Task:
         if client not in self._task_of:

@@ -21,7 +21,9 @@ from torch.nn import functional
 from omnifm.backbones.llava import LlavaOptions
 from omnifm.data.cache import load_images, to_slices
 from omnifm.data.cohort import Cohort
+from omnifm.data.partition import ClientPlan
 from omnifm.data.readers import Image
+from omnifm.data.words import Discretion, Words
 from omnifm.errors import ConfigError, DataError
 from omnifm.metrics.answers import normalise
 from omnifm.metrics.base import Metric
@@ -42,6 +44,7 @@ from omnifm.tasks.base import (
 from omnifm.tasks.cases import case_rows, cohort_of, only_image
 from omnifm.tasks.vqa_models import Compact, CompactOptions, Llava, Network, probe
 from omnifm.tasks.vqa_text import answer_table, question_types, types_of
+from omnifm.tasks.vqa_words import told_table, told_types, words_of
 
 _UNSEEN = "image_disjoint"
 _REACH = 8
@@ -128,15 +131,18 @@ class Vqa(Task):
     options: VqaOptions
     primary = "accuracy"
     one_label_space = True
+    apart: ClassVar[bool] = True
+    tells: ClassVar[bool] = True
 
     def __init__(self, data: TaskData, options: VqaOptions) -> None:
         super().__init__(data, options)
-        config, cohorts = data.config, dict(sorted(data.cohorts.items()))
+        config, cohorts = data.config, dict(sorted(data.local.items()))
         self._plans = {plan.id: plan for plan in data.plans}
-        self.table = answer_table(cohorts)
-        self.types = question_types(cohorts)
+        self.table = told_table(data.words, cohorts) if data.words else answer_table(cohorts)
+        self.types = told_types(data.words) if data.words else question_types(cohorts)
         self._questions = sorted({row.question for cohort in cohorts.values() for row in cohort.rows})
-        self._disjoint = any(row.value(_UNSEEN) for cohort in cohorts.values() for row in cohort.rows)
+        seen_here = any(row.value(_UNSEEN) for cohort in cohorts.values() for row in cohort.rows)
+        self._disjoint = any(words.disjoint for words in data.words) if data.words else seen_here
         self._images = {n: load_images(c, config.data.image_size, config.data.channels, data.cache) for n, c in cohorts.items()}
         for name, images in self._images.items():
             if len(images.pixels) != len(cohorts[name].rows):
@@ -146,10 +152,18 @@ class Vqa(Task):
         self._seen = {name: self._look(cohort) for name, cohort in cohorts.items()}
         self.notes = _notes(options)
 
+    @classmethod
+    def introduce(cls, cohort: Cohort, plan: ClientPlan, discretion: Discretion) -> tuple[ClientPlan, Words | None]:
+        """Tell frequent answers, types of questions, and how long the longest question is."""
+        return words_of(cohort, plan, discretion)
+
     def _network(self, cohorts: Mapping[str, Cohort]) -> Network:
         o, config = self.options, self.data.config
         if o.model == "compact":
-            return Compact(config, o.compact, self.table, self._questions, o.max_question)
+            pieces = max((words.pieces for words in self.data.words), default=0)
+            return Compact(config, o.compact, self.table, self._questions, o.max_question, pieces)
+        if self.data.words:
+            raise ConfigError("tasks.vqa.model = 'llava' cannot run across machines: its tokenizer learns from every question")
         rows = [row for cohort in cohorts.values() for row in cohort.rows if row.split == "train"]
         pairs = [(row.question, row.answer) for row in rows]
         return Llava(config, o.llava, self.table, self._questions, o.prompt, (o.max_question, o.max_answer), pairs)
@@ -174,7 +188,7 @@ class Vqa(Task):
         number = {question: place for place, question in enumerate(self._questions)}
         kinds = torch.zeros(len(cohort.rows), len(self.types), dtype=torch.uint8)
         for place, row in enumerate(cohort.rows):
-            kinds[place, [self.types.index(name) for name in types_of(row)]] = 1
+            kinds[place, [self.types.index(name) for name in types_of(row) if name in self.types]] = 1
         return _Facts(
             question=torch.tensor([number[row.question] for row in cohort.rows], dtype=torch.int64),
             answer=torch.tensor([self.table.of(row) for row in cohort.rows], dtype=torch.int64),
@@ -254,6 +268,8 @@ class Vqa(Task):
     def references(self, client: str) -> Mapping[str, Callable[[Batch], Tensor]]:
         """Return `majority`: a client's most frequent training answer to questions of the same types, open or closed alike."""
         plan = self._plans[client]
+        if plan.cohort not in self._facts:
+            return {"majority": partial(_not_here, client)}  # a server asks for the name alone
         facts, rows = self._facts[plan.cohort], torch.tensor(plan.train, dtype=torch.int64)
         keys = _keys(facts.closed[rows], facts.question_type[rows])
         answers = facts.answer[rows].tolist()
@@ -264,6 +280,10 @@ class Vqa(Task):
                 counts.setdefault(known, Counter())[answer] += 1
         best = {key: min(found, key=lambda answer: (-found[answer], answer)) for key, found in counts.items()}
         return {"majority": partial(_majority, best, self.table.texts, 1 + self.network.forced)}
+
+
+def _not_here(client: str, batch: Batch) -> Tensor:
+    raise DataError(f"client {client}: its rows are elsewhere, {len(batch.row)} questions cannot be answered from them")
 
 
 def _majority(best: Mapping[Key, int], texts: Sequence[str], copies: int, batch: Batch) -> Tensor:

@@ -32,6 +32,7 @@ from omnifm.tasks.vqa_text import (
     minilm_words,
     special_ids,
     train_tokenizer,
+    widened,
 )
 
 _HEADS = 4
@@ -129,10 +130,19 @@ class Compact(Network):
     """Image trunk, MiniLM, cross-attention, classifier."""
 
     def __init__(
-        self, config: Config, options: CompactOptions, table: AnswerTable, questions: Sequence[str], max_question: int
+        self,
+        config: Config,
+        options: CompactOptions,
+        table: AnswerTable,
+        questions: Sequence[str],
+        max_question: int,
+        pieces: int = 0,
     ) -> None:
+        """Read the questions. `pieces`: word pieces of the longest one of the federation, where that is elsewhere."""
         self._config, self._options, self._table, self._longest = config, options, table, max_question
-        words = minilm_words(questions, max_question)
+        # A server has no questions, and yet the model is tried with one.
+        questions = questions or [""]
+        words = widened(minilm_words(questions, max_question), min(pieces, max_question))
         self._states, self._mask = words.states, words.mask
         self._place = torch.tensor([words.place[text] for text in questions], dtype=torch.int64)
         self._spoken = encode_texts(table.texts[: table.classes])

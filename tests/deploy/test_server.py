@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from omnifm import run
-from omnifm.config import Config, dump
+from omnifm.config import Config, dump, parse
+from omnifm.data.words import Discretion
 from omnifm.deploy.board import STATUS_FILE
 from omnifm.deploy.data import public
 from omnifm.deploy.hospital import Hospital
@@ -28,6 +29,8 @@ from omnifm.federation.messages import Reply, Request, decode, encode
 from omnifm.track.folder import write_config
 from tests.deploy.post import Bay, Post, open_bays
 from tests.run import jobs
+from tests.tasks.test_vqa import raw_config
+from tests.tasks.vqa_cohort import write_questions
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = ("scan-0", "scan-1", "echo-0", "echo-1")
@@ -70,6 +73,20 @@ def remembered(out: Path) -> dict[str, Any]:
 
 def private(folder: Path) -> dict[str, Any]:
     return {f"{p.parent.name}/{p.name}": jobs.contents(p) for p in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_questions_are_answered_apart_as_in_one_process(tmp_path: Path) -> None:
+    """The whole run, bit for bit, where every answer is told."""
+    for name, modality in (("scan", "MRI"), ("echo", "US")):
+        write_questions(tmp_path / name, name, modality)
+    raw = raw_config(tmp_path, "omnifm")
+    raw["federation"] |= {"rounds": 2, "evaluate_every": 1}
+    config = parse(raw)
+    run.execute(config, tmp_path / "one")
+    bays = open_bays(tmp_path, tmp_path / "hospitals", ("scan-0", "echo-0"), Discretion(least=1))
+    serve(config, Post(bays), tmp_path / "apart", ("scan-0", "echo-0"))
+    assert remembered(tmp_path / "apart") == remembered(tmp_path / "one")
+    assert private(tmp_path / "hospitals") == private(tmp_path / "one" / "checkpoint" / "clients")
 
 
 def test_it_leaves_what_a_run_in_one_process_leaves(data: Path, one: Path, tmp_path: Path) -> None:

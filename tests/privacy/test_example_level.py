@@ -133,8 +133,10 @@ def test_the_client_with_the_largest_epsilon_speaks_for_all(tmp_path: Path) -> N
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     name: (name, {}, f"strategy {name} trains or sends otherwise")
-    for name in ("scaffold", "fedprox", "omnifm", "centralised", "moon")
+    for name in ("scaffold", "fedprox", "centralised", "moon", "feddg", "harmofl")
 } | {
+    "prototypes": ("omnifm", {}, "a client also sends prototypes of its images, which get no noise; set privacy.prototype_clip"),
+    "a mean spectrum": ("fedavg", {"strategies__fedavg__aggregation": "neighbours"}, "a client also sends its mean spectrum"),
     "another task": ("fedavg", {"task": "segmentation"}, "the loss of task segmentation"),
     "bf16": ("fedavg", {"engine__precision": "bf16"}, "fp32"),
 }

@@ -20,10 +20,11 @@ from omnifm.data.cohort import Cohort, Row
 from omnifm.data.readers import Image
 from omnifm.errors import ConfigError, DataError, FederationError
 from omnifm.federation.messages import Request
+from omnifm.federation.pooled import JoinedSplit
 from omnifm.federation.sharing import split_state
 from omnifm.metrics.vqa import decode_texts
 from omnifm.tasks import vqa_text
-from omnifm.tasks.base import Batch, Inputs, JoinedSplit, Model
+from omnifm.tasks.base import Batch, Inputs, Model
 from omnifm.tasks.vqa import Vqa, shifted
 from omnifm.tasks.vqa_models import LlavaHead
 from tests.data.builders import in_memory

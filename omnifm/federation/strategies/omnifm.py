@@ -23,12 +23,14 @@ from omnifm import seeds
 from omnifm.errors import FederationError
 from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
+from omnifm.federation.release import Release
 from omnifm.federation.sharing import NORMS, names_of_type, names_under
 from omnifm.federation.state import Context, LocalJob, ServerState
 from omnifm.federation.strategy import Step, Strategy, StrategyOptions, Upload
 from omnifm.spectral.bank import BankRows, KnowledgeBank
 from omnifm.spectral.compose import SpectralOptions, SpectralPath, SpectralTrace
 from omnifm.spectral.gskr import retrieval_counts
+from omnifm.spectral.lloyd import bound, contributions, first_centres, step
 from omnifm.spectral.policies import PolicyName
 from omnifm.spectral.prototypes import prototypes
 from omnifm.spectral.spalign import effective_rank
@@ -40,6 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 _BATCH = 256
 _UPLOAD = {"prototypes/vectors", "prototypes/weight"}
+_CENTRES, _SENT = "release/centres", "release/sent"
 _RETRIEVALS = {"retrievals/row_id", "retrievals/count"}
 
 
@@ -103,6 +106,7 @@ class OmniFM(Strategy):
     Options: ClassVar[type[StrategyOptions]] = OmniFMOptions
     options: OmniFMOptions
     mean_suffices: ClassVar[bool] = True
+    by_example: ClassVar[frozenset[str]] = frozenset({"penalty", "finish"})
 
     def __init__(self, options: OmniFMOptions, context: Context) -> None:
         super().__init__(options, context)
@@ -148,7 +152,7 @@ class OmniFM(Strategy):
         path = job.model.path
         if not isinstance(path, SpectralPath):
             return
-        received = {n: t for n, t in job.received.items() if n.startswith("bank/")} or job.state
+        received = _bank_in(job.received) or _bank_in(job.state)
         self._rows = _rows_of(received).foreign(self.context.client_index(job.client)) if received else None
         path.set_bank(self._rows)
         self._retrieved: list[Tensor] = []
@@ -167,9 +171,14 @@ class OmniFM(Strategy):
         path = job.model.path
         if not isinstance(path, SpectralPath) or not self._uses_bank:
             return Upload()
-        s = self._embeddings(job, path)
-        if not bool(s.isfinite().all()):
-            raise FederationError(f"client {job.client}, round {job.round}: a spectral embedding is not finite")
+        upload, kept = self._told(job, path) if job.release is None else self._released(job, path, job.release)
+        job.state.clear()
+        job.state.update({**_bank_in(job.received), **kept})
+        return upload
+
+    def _told(self, job: LocalJob, path: SpectralPath) -> tuple[Upload, dict[str, Tensor]]:
+        """Return prototypes and retrievals as they are."""
+        s = self._embeddings(job, path, _BATCH)
         bank = self.options.bank
         generator = seeds.generator(job.seed, "prototypes", job.round, job.client)
         labels = job.labels if bank.per_class else None
@@ -180,15 +189,35 @@ class OmniFM(Strategy):
             row_id, count = retrieval_counts(torch.cat(self._retrieved).cpu(), self._rows)
             extra |= {"retrievals/row_id": row_id, "retrievals/count": count}
             facts["retrieval"] = self._shares(job.client, row_id, count, self._rows)
-        job.state.clear()
-        job.state.update({name: tensor for name, tensor in job.received.items() if name.startswith("bank/")})
-        return Upload(extra, facts)
+        return Upload(extra, facts), {}
+
+    def _released(self, job: LocalJob, path: SpectralPath, release: Release) -> tuple[Upload, dict[str, Tensor]]:
+        """Return noisy prototypes while the budget lasts, and what the next release needs. Retrievals stay at the client.
+
+        Each release is one Lloyd step from the rows of the last one, which are public, or from random points.
+        """
+        sent, o = int(job.state.get(_SENT, torch.zeros(()))), self.options
+        kept = {name: job.state[name] for name in (_CENTRES, _SENT) if name in job.state}
+        if sent >= release.rounds:
+            return Upload(), kept
+        generator = seeds.generator(job.seed, "centres", job.client)
+        centres = kept.get(_CENTRES, first_centres(o.bank.prototypes, o.dim, o.rho, generator))
+        # One by one: an image that is not there must not move a rounding of another's embedding.
+        added, place = contributions(self._embeddings(job, path, 1), centres, release.clip)
+        longest = bound(release.clip)
+        sums = release.sums(added, place, len(centres), longest, "prototypes", job.round, job.client)
+        found = step(sums, centres, release.clip, release.deviation(longest, len(added)), o.rho)
+        extra = {"prototypes/vectors": found.vectors, "prototypes/weight": found.weight}
+        return Upload(extra), {_CENTRES: found.centres, _SENT: torch.tensor(sent + 1)}
 
     @staticmethod
-    def _embeddings(job: LocalJob, path: SpectralPath) -> Tensor:
+    def _embeddings(job: LocalJob, path: SpectralPath, size: int) -> Tensor:
         path.eval()
-        parts = torch.arange(len(job.data.train)).split(_BATCH)
-        return torch.cat([path.embed(job.data.train.batch(part).image.to(job.device)).cpu() for part in parts])
+        parts = torch.arange(len(job.data.train)).split(size)
+        s = torch.cat([path.embed(job.data.train.batch(part).image.to(job.device)).cpu() for part in parts])
+        if not bool(s.isfinite().all()):
+            raise FederationError(f"client {job.client}, round {job.round}: a spectral embedding is not finite")
+        return s
 
     def _shares(self, client: str, row_id: Tensor, count: Tensor, rows: BankRows) -> dict[str, float]:
         """Return which share of the retrieved rows was the client's own, of its modality, of another one."""
@@ -237,13 +266,27 @@ class OmniFM(Strategy):
         """Prototypes and retrieval counts, where the bank is used."""
         return "prototypes of its images" if self._uses_bank else super().uploads
 
+    @property
+    def sends_prototypes(self) -> bool:
+        """Where the bank is used."""
+        return self._uses_bank
+
+    def unfit(self, *, by_example: bool) -> str:
+        """Prototypes by class tell labels; a floor of variance, or one reading of the bank for all, is no sum over examples."""
+        o = self.options
+        if o.bank.per_class and self._uses_bank:
+            return "bank.per_class = true"
+        if by_example and o.variance_floor:
+            return "variance_floor"
+        return "gskr = false with eca" if by_example and o.attends and not o.gskr else ""
+
     def vet(self, server: ServerState, reply: Reply) -> None:
         """Judge prototypes and retrieval counts. Whose rows they are is the sender's, not for the upload to say."""
         extra = reply.extra
-        wanted = _UPLOAD | (_RETRIEVALS if _RETRIEVALS & extra.keys() else set()) if self._uses_bank else set()
+        wanted = self._wanted(extra)
         if odd := wanted ^ extra.keys():
             raise FederationError(f"tensor {min(odd)} is {'missing' if min(odd) in wanted else 'unknown'}")
-        if not self._uses_bank:
+        if not wanted:
             return
         rows, most = extra["prototypes/weight"].numel(), self.options.bank.prototypes
         if rows > most:
@@ -253,10 +296,16 @@ class OmniFM(Strategy):
         if wanted >= _RETRIEVALS:
             self._open.check_counts(extra["retrievals/row_id"], extra["retrievals/count"])
 
+    def _wanted(self, extra: Mapping[str, Tensor]) -> set[str]:
+        """Return the names that an upload must have. With a budget it may be empty, and retrievals never leave a client."""
+        if not self._uses_bank or (self.context.budgeted and not extra):
+            return set()
+        return _UPLOAD | (_RETRIEVALS if _RETRIEVALS & extra.keys() and not self.context.budgeted else set())
+
     def receive(self, server: ServerState, reply: Reply) -> None:
         """Add prototypes and retrieval counts to the bank, tensors to the mean."""
         super().receive(server, reply)
-        if not self._uses_bank:
+        if not self._wanted(reply.extra):
             return
         if reply.extra.keys() >= _RETRIEVALS:
             self._open.count(reply.extra["retrievals/row_id"], reply.extra["retrievals/count"])
@@ -278,6 +327,10 @@ class OmniFM(Strategy):
     def bank_rows(self, server: ServerState) -> BankRows | None:
         """Return the bank's rows, for the run's record; None without a bank."""
         return self._bank(server).rows if self._uses_bank else None
+
+
+def _bank_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("bank/")}
 
 
 def _rows_of(tensors: Mapping[str, Tensor]) -> BankRows:
