@@ -73,6 +73,14 @@ def require_simulation() -> None:
         raise ConfigError("engine.kind = 'flower-simulation' needs an extra: pip install 'omnifm[flower-simulation]'")
 
 
+def _happens(event: threading.Event, seconds: float) -> bool:
+    """Wait for an event, or for Ctrl-C; return whether it happened."""
+    try:
+        return event.wait(seconds)
+    except KeyboardInterrupt:
+        return False
+
+
 class _Sent(NamedTuple):
     """A request on its way."""
 
@@ -117,8 +125,9 @@ class SimulationEngine:
                 pass
         finally:
             self._over.set()
-            if not ended.wait(_GRACE_SECONDS):
-                show.kill_actors()  # Flower waits for every client that still trains
+            # Flower waits for every client that still trains; nobody else does, least of all who pressed Ctrl-C twice.
+            if not _happens(ended, _GRACE_SECONDS):
+                show.kill_actors()
                 ended.wait()
         return self._result(outcome, broken)
 

@@ -14,8 +14,12 @@ _QUIET = {
     # Actors see the GPUs of this machine, as the processes of `engine.workers` do.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-# The name says more than it does: Ray takes 127.0.0.1 for this machine's address, and does not look up how others see it.
-_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_ALONE = {
+    # The name says more than it does: Ray takes 127.0.0.1 for this machine's address, and does not look up how others see it.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Actors are no less urgent than the processes of `engine.workers`; Ray's own 15 lets any other program go first.
+    "RAY_worker_niceness": "0",
+}
 
 
 @dataclass(frozen=True)

@@ -220,13 +220,18 @@ def test_clients_that_still_train_when_the_rounds_end_are_not_waited_for(monkeyp
     assert training.is_set() and time.monotonic() - started < 30
 
 
-def test_ctrl_c_ends_the_rounds_at_their_next_look_and_the_simulation_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("impatient", [False, True])
+def test_ctrl_c_ends_the_rounds_at_their_next_look_and_the_simulation_with_them(
+    impatient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("flwr")
     past: list[str] = []
 
     class Slow(Played):
         def run(self) -> None:
             super().run()
+            if impatient:
+                os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.3)  # Flower takes a moment to end
             past.append("simulation")
 
