@@ -46,7 +46,7 @@ $(STAMP): pyproject.toml requirements/lock.txt
 		$(BIN)/python -m pip install -q -c requirements/lock.txt torch==$(TORCH); \
 	fi
 	@echo "Installing omnifm and its pinned dependencies"
-	@$(BIN)/python -m pip install -q -c requirements/lock.txt -e '.[dev,docs,imagenet,vqa,dicom,flower,privacy]'
+	@$(BIN)/python -m pip install -q -c requirements/lock.txt -e '.[dev,docs,imagenet,vqa,dicom,flower,flower-simulation,privacy]'
 	@touch $@
 
 .PHONY: demo

@@ -11,13 +11,15 @@ import torch
 from pydantic import ValidationError
 
 from omnifm import seeds
-from omnifm.config import CohortConfig, Config, one_line
+from omnifm.config import CohortConfig, Config, EngineConfig, one_line
 from omnifm.data.cache import default_cache_dir
 from omnifm.data.cohort import Cohort
 from omnifm.data.partition import ClientPlan, partition
 from omnifm.data.vetted import require_vetted
 from omnifm.data.words import Words
 from omnifm.engines.inprocess import InProcessEngine
+from omnifm.engines.simulation import SimulationEngine, require_simulation
+from omnifm.engines.stage import Stage
 from omnifm.engines.workers import WorkerEngine
 from omnifm.errors import ConfigError, DataError
 from omnifm.federation.client import LocalConfig, Site
@@ -310,8 +312,30 @@ def make_federation(
     )
 
 
-def make_engine(config: Config, site: Site, store: Path) -> InProcessEngine | WorkerEngine:
-    """Return the engine. With more than one worker, sites are built in processes of their own."""
+def check_engine(config: Config) -> None:
+    """Raise ConfigError unless what the run's engine needs is installed."""
+    if config.engine.kind == "flower-simulation":
+        require_simulation()
+
+
+def make_engine(config: Config, site: Site, store: Path) -> InProcessEngine | WorkerEngine | SimulationEngine:
+    """Return the engine. With more than one worker, and in Flower's simulation, sites are built in processes of their own.
+
+    Args:
+        config: the run.
+        site: that of this process.
+        store: folder of the clients' private state, below the checkpoint of the run folder.
+    """
+    there = partial(make_site, config, store.resolve())
+    if config.engine.kind == "flower-simulation":
+        clients = [client.id for client in site.strategy.context.clients]
+        return SimulationEngine(there, clients, make_stage(config.engine, store.resolve().parents[1]))
     if config.engine.workers == 1:
         return InProcessEngine(site)
-    return WorkerEngine(partial(make_site, config, store), config.engine.workers)
+    return WorkerEngine(there, config.engine.workers)
+
+
+def make_stage(config: EngineConfig, out: Path) -> Stage:
+    """Return what Ray is told. In a cluster an actor has a GPU of its own, if this machine's runs would have one."""
+    gpus = float(device_of(config.device).type == "cuda")
+    return Stage(config.workers, config.threads, gpus, config.ray_address, out / "simulation.log")

@@ -220,15 +220,29 @@ class CompressionConfig(Section):
 
 
 class EngineConfig(Section):
-    """Where and how the arithmetic is done. `workers` changes the time a run takes, never its bits."""
+    """Where and how the arithmetic is done. `kind` and `workers` change the time a run takes, never its bits."""
 
+    kind: Literal["local", "flower-simulation"] = Field(
+        "local",
+        description="What trains the clients: `local`, this process or `workers` of them; `flower-simulation`, Flower's on Ray.",
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16"] = Field("fp32", description="`bf16`: autocast of the forward pass; weights stay float32.")
     channels_last: bool = Field(
         False, description="Memory layout of images and convolutions; with bf16 2.5 times faster on recent CPUs."
     )
     workers: int = Field(1, ge=1, description="Processes that train clients side by side.")
+    ray_address: str = Field(
+        "",
+        description="For `flower-simulation`: a running Ray cluster, as `ray.init` takes it; empty: a new Ray on this machine.",
+    )
     threads: int = Field(1, ge=1, description="CPU threads per process; another number may give other last bits.")
+
+    @model_validator(mode="after")
+    def _ray_is_for_the_simulation(self) -> "EngineConfig":
+        if self.ray_address and self.kind != "flower-simulation":
+            raise ValueError("ray_address goes with kind = 'flower-simulation'")
+        return self
 
 
 class Config(Section):
@@ -247,6 +261,12 @@ class Config(Section):
     compression: CompressionConfig = CompressionConfig.model_construct()
     strategies: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Options by strategy name.")
     tasks: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Options by task name.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _engine_in_a_word(cls, raw: Any) -> Any:
+        """Take `engine = "flower-simulation"` for a table with that kind."""
+        return {**raw, "engine": {"kind": raw["engine"]}} if isinstance(raw.get("engine"), str) else raw
 
     @model_validator(mode="after")
     def _has_cohorts(self) -> "Config":
@@ -353,10 +373,11 @@ def dump(config: Config) -> dict[str, Any]:
 def digest(config: Config) -> str:
     """Return 12 hex digits that change with anything that can change a score.
 
-    Workers, the cache folder and the folder a cohort lies in cannot; its name can.
+    The kind of engine, workers, the cache folder and the folder a cohort lies in cannot; its name can.
     """
     raw = dump(config)
-    raw["engine"].pop("workers")
+    for key in ("kind", "workers", "ray_address"):
+        raw["engine"].pop(key)
     raw["data"].pop("cache")
     for cohort in raw["federation"]["cohorts"]:
         cohort["path"] = Path(cohort["path"]).name

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from omnifm import build
 from omnifm.config import Config, digest, dump, load
@@ -29,6 +29,8 @@ from omnifm.track.recorder import RunRecorder, Watcher
 from omnifm.track.snapshots import save_bank
 from omnifm.track.summary import totals
 
+T = TypeVar("T")
+
 VALIDATION = "validation.json"
 """What a run that sees no test split leaves last."""
 _LAST = ("metrics.json", "report.html")
@@ -37,6 +39,9 @@ _SNAPSHOTS = 10
 
 class RunEngine(Engine, Protocol):
     """An engine that holds something until the run is over."""
+
+    def host(self, work: Callable[[], T]) -> T:
+        """Run the server's work, in which `exchange` is called, where the engine wants it; return what it returns."""
 
     def close(self) -> None:
         """Let go of it."""
@@ -119,11 +124,15 @@ def _conduct(
     """Train; return what `end` makes of it."""
     build.strategy_options(config)  # a misspelt option must not wait for the images
     build.task_options(config)
+    build.check_engine(config)
     parts = _assemble(config, out, elsewhere, watch)
-    try:
-        server = _start(parts, resume)
-        _train(parts, *server)
+
+    def work() -> dict[str, Any]:
+        _train(parts, *_start(parts, resume))
         return end(parts)
+
+    try:
+        return parts.engine.host(work)
     finally:
         parts.recorder.close()
         parts.engine.close()
@@ -285,7 +294,7 @@ def _finish(parts: _Parts) -> dict[str, Any]:
         "references": parts.evaluator.references(config.federation.rounds, "test"),
         **totals(parts.out / "events.jsonl", time.perf_counter() - started, parts.recorder.seconds),
         **_privacy(parts),
-        "peak_rss_mib": peak_rss_mib(config.engine.workers),
+        "peak_rss_mib": peak_rss_mib(config.engine.workers if config.engine.kind == "local" else 1),
     }
 
 

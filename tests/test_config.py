@@ -51,6 +51,9 @@ def config(**changes: Any) -> Config:
         ({"data__channels": 2}, "data.channels: "),
         ({"data": 3}, "data: "),
         ({"engine__workers": 0}, "engine.workers: "),
+        ({"engine__kind": "ray"}, "engine.kind: "),
+        ({"engine": "ray"}, "engine.kind: "),
+        ({"engine__ray_address": "auto"}, "engine: ray_address goes with kind = 'flower-simulation'"),
         ({"engine__precision": "fp16"}, "engine.precision: "),
         ({"task": 3}, "task: "),
         ({"tasks": {"fusion": 3}}, "tasks.fusion: "),
@@ -200,6 +203,8 @@ def test_what_is_dumped_is_toml_and_reads_back_as_the_same_config(tmp_path: Path
 
 SAME = [
     {"engine__workers": 7},
+    {"engine__kind": "flower-simulation", "engine__ray_address": "auto"},
+    {"engine": "flower-simulation"},
     {"data__cache": "/somewhere/else"},
     {"federation__cohorts": [{"path": "/elsewhere/a"}]},
     {"strategies": {"fedprox": {"mu": 3.0}}},

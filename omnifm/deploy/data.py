@@ -45,7 +45,7 @@ def public(config: Config) -> Config:
         update={
             "federation": config.federation.model_copy(update={"cohorts": entries}),
             "data": config.data.model_copy(update={"cache": ""}),
-            "engine": config.engine.model_copy(update={"workers": 1}),
+            "engine": config.engine.model_copy(update={"kind": "local", "workers": 1, "ray_address": ""}),
         }
     )
 

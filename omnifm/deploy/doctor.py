@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 from omnifm.deploy.certs import Folder
-from omnifm.deploy.processes import QUIET
 from omnifm.deploy.tls import TIMEOUT_SECONDS, connect, refusal
+from omnifm.engines.quiet import QUIET
 from omnifm.errors import OmnifmError
 
 _SOON = datetime.timedelta(days=30)

@@ -8,19 +8,9 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from omnifm.engines.quiet import QUIET
 from omnifm.errors import CheckpointError, ConfigError
 
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_OFFLINE": "1",
-    "NO_ALBUMENTATIONS_UPDATE": "1",
-    "DO_NOT_TRACK": "1",
-}
-"""Libraries below us that would phone home, switched off."""
 _POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _END_SECONDS = 15

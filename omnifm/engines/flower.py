@@ -1,21 +1,23 @@
-"""Flower (flwr 1.41 or 1.42), which carries the bytes between machines: the one file that imports it.
+"""Flower (flwr 1.41 or 1.42), which carries the bytes between machines, and its simulation on Ray: the one file that imports it.
 
 At a node every message has a process of its own. What that process runs is `forward`, so this file, and all it imports,
-is free of torch and MONAI. No code that the server sends is ever loaded at a node. At the server the round loop runs inside a
-ServerApp of Flower's and sends through its grid.
+is free of torch and MONAI. No code that the server sends is ever loaded at a node. At the server, and in the simulation, the
+round loop runs inside a ServerApp of Flower's and sends through its grid.
 """
 
 import logging
 import os
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
@@ -25,6 +27,7 @@ from flwr.serverapp import Grid, ServerApp
 from omnifm.engines.calls import MOST_BYTES
 from omnifm.engines.loopback import PLACE, ask
 from omnifm.engines.parcels import Arrival, Node
+from omnifm.engines.stage import Answer, Stage
 from omnifm.errors import FederationError
 
 if TYPE_CHECKING:
@@ -183,3 +186,98 @@ def _arrival(message: Message) -> Arrival:
         return Arrival(parcel, unwrapped(message.content))
     except FederationError as error:
         return Arrival(parcel, error=str(error))
+
+
+class Simulation:
+    """Flower's simulation on Ray, with our programs.
+
+    `run_simulation` is what Flower has for programs that are at hand. It calls that deprecated, in favour of a command that
+    starts a SuperLink, which outlives the run, and installs an app.
+
+    Args:
+        main: the server's program.
+        answer: what a client's program does with a call; it is pickled.
+        nodes: simulated nodes.
+        stage: what Ray is told.
+    """
+
+    def __init__(self, main: Callable[["GridCarrier"], None], answer: Answer, nodes: int, stage: Stage) -> None:
+        self._main, self._answer, self._nodes, self._stage = main, answer, nodes, stage
+        self._pools: list[Any] = []
+
+    def run(self) -> None:
+        """Run it, until the server's program has ended. Raises FederationError if this Flower or Ray is not known."""
+        with _scratch() as folder, _environment(self._stage.environment(folder)), _log_to(self._stage.log):
+            import flwr.server.superlink.fleet.vce.backend.raybackend as backend
+            import flwr.supercore.telemetry as telemetry
+            from flwr.simulation import run_simulation
+            from ray._private import services
+
+            _replace(telemetry, "FLWR_TELEMETRY_ENABLED", "0")  # it was read when Flower was imported
+            _replace(backend, "BasicActorPool", self._pool)
+            if not self._stage.address:
+                # Without a dashboard all it does is to report usage, for which it looks which cloud it is in.
+                _replace(services, "start_api_server", lambda *_, **__: (None, None))
+            app = _simulated_client_app(self._answer)
+            run_simulation(server_app(self._main), app, self._nodes, backend_config=self._stage.backend(folder))
+
+    def _pool(self, **arguments: Any) -> Any:
+        """Return Flower's pool of actors, and remember it."""
+        from flwr.simulation.ray_transport.ray_actor import BasicActorPool
+
+        self._pools.append(BasicActorPool(**arguments))
+        return self._pools[-1]
+
+    def kill_actors(self) -> None:
+        """End the clients that still train; nobody waits for their replies."""
+        import ray
+
+        for pool in self._pools:
+            for actor in (*pool.pool, *pool._future_to_actor.values()):
+                with suppress(ray.exceptions.RayError):
+                    ray.kill(actor)
+
+
+def _simulated_client_app(answer: Answer) -> ClientApp:
+    app = ClientApp()
+
+    def handle(message: Message, context: Context) -> Message:
+        del context
+        return Message(wrapped(answer(unwrapped(message.content))), reply_to=message)
+
+    app.query()(handle)
+    return app
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """Give a folder for Ray's sockets and logs. Paths of sockets are short: no folder of the run will do, nor macOS's own."""
+    short = "/tmp" if Path("/tmp").is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="omnifm-", dir=short, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables; put back all that was there, since Flower changes some too."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Let Flower write to a file what it would write on the screen."""
+    log = logging.getLogger("flwr")
+    before, handler = log.handlers[:], logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.handlers[:] = [handler]
+    try:
+        yield
+    finally:
+        log.handlers[:] = before
+        handler.close()

@@ -1,9 +1,12 @@
 """All clients in this process, one after the other, on one model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from omnifm.federation.client import Site
 from omnifm.federation.messages import Reply, Request
+
+T = TypeVar("T")
 
 
 class InProcessEngine:
@@ -16,6 +19,10 @@ class InProcessEngine:
         """Yield the replies in request order; a request is drawn when its turn comes."""
         for request in requests:
             yield self._site.handle(request)
+
+    def host(self, work: Callable[[], T]) -> T:
+        """Run the server's work where this engine wants it: here."""
+        return work()
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -8,13 +8,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from omnifm.engines.calls import Call, pack, unpack
 from omnifm.engines.parcels import Arrival, Carrier, Node
 from omnifm.errors import FederationError
 from omnifm.federation.messages import Reply, Request, decode, encode
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _RESEND_SECONDS = 3.0
@@ -126,6 +127,10 @@ class RemoteEngine:
             self.accounts[errand.request.client].waiting = ""
         self._watch(self.accounts)
 
+    def host(self, work: Callable[[], T]) -> T:
+        """Run the server's work where this engine wants it: here."""
+        return work()
+
     def close(self) -> None:
         """Nothing to let go of."""
 
@@ -200,7 +205,7 @@ class RemoteEngine:
             account.bytes_up += len(arrival.blob)
             try:
                 # The parcel was taken from the node that was asked: its key says who that is.
-                errand.reply = replace(_reply_in(arrival.blob, errand.request), sender=errand.request.client)
+                errand.reply = replace(reply_in(arrival.blob, errand.request), sender=errand.request.client)
             except FederationError as error:
                 errand.failed = account.trouble = str(error)
                 account.errors += 1
@@ -220,15 +225,15 @@ class RemoteEngine:
         return bool(enough) and late and sum(errand.answered for errand in errands) >= min(enough, len(errands))
 
 
-def _reply_in(blob: bytes, request: Request) -> Reply:
+def reply_in(blob: bytes, request: Request) -> Reply:
     """Return the reply in a call. Raises FederationError, naming the client, if it is none, or not one to `request`."""
     who = f"client {request.client}"
     try:
         call = unpack(blob)
         if call.kind == "mistake":
-            raise FederationError(_plain(call.header.get("message")))
+            raise FederationError(plain(call.header.get("message")))
         if call.kind != "reply":
-            raise FederationError(f"its worker failed ({_plain(call.header.get('message'))})")
+            raise FederationError(f"its worker failed ({plain(call.header.get('message'))})")
         reply = decode(call.body)
     except FederationError as error:
         line = str(error)
@@ -240,6 +245,6 @@ def _reply_in(blob: bytes, request: Request) -> Reply:
     return reply
 
 
-def _plain(text: object) -> str:
+def plain(text: object) -> str:
     """Return text from elsewhere as one line of printable characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)[:500]).split())

@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
 from omnifm.errors import FederationError, OmnifmError
 from omnifm.federation.client import Site
 from omnifm.federation.messages import Reply, Request, read, write
+
+T = TypeVar("T")
 
 _OK, _USER_ERROR, _CRASH = b"r", b"e", b"c"
 # A worker that is done finds its next request waiting, while the server still adds up the last reply.
@@ -187,6 +189,10 @@ class WorkerEngine:
         except (BrokenPipeError, ConnectionResetError):
             raise FederationError(f"client {request.client}: its worker process has died") from None
         return True
+
+    def host(self, work: Callable[[], T]) -> T:
+        """Run the server's work where this engine wants it: here."""
+        return work()
 
     def close(self) -> None:
         """End the workers."""

@@ -118,8 +118,8 @@ def _check_secure(config: Config, shared: Mapping[str, Tensor], sampled: int) ->
     privacy, key = config.privacy, "privacy.secure_aggregation"
     if sampled < secure.LEAST:
         raise ConfigError(f"{key}: a round has {sampled} clients, it takes at least {secure.LEAST} to hide one")
-    if config.engine.workers > 1:
-        raise ConfigError(f"{key}: a client's keys stay in one process; set engine.workers = 1")
+    if config.engine.workers > 1 or config.engine.kind != "local":
+        raise ConfigError(f"{key}: a client's keys stay in one process; set engine.workers = 1 and engine.kind = 'local'")
     if config.security.max_update_norm:
         raise ConfigError(f"{key}: the server sees no client's update, so security.max_update_norm cannot hold")
     numbers = sum(tensor.numel() for tensor in shared.values())

@@ -137,7 +137,6 @@ class Vqa(Task):
     def __init__(self, data: TaskData, options: VqaOptions) -> None:
         super().__init__(data, options)
         config, cohorts = data.config, dict(sorted(data.local.items()))
-        self._plans = {plan.id: plan for plan in data.plans}
         self.table = told_table(data.words, cohorts) if data.words else answer_table(cohorts)
         self.types = told_types(data.words) if data.words else question_types(cohorts)
         self._questions = sorted({row.question for cohort in cohorts.values() for row in cohort.rows})
@@ -199,9 +198,7 @@ class Vqa(Task):
 
     def client_data(self, client: str) -> ClientData:
         """Return a client's splits."""
-        plan = self._plans.get(client)
-        if plan is None:
-            raise DataError(f"client {client}: not in this federation")
+        plan = self.data.plan(client)
         pixels, facts = self._images[plan.cohort].pixels, self._facts[plan.cohort]
         rows = (torch.tensor(part, dtype=torch.int64) for part in (plan.train, plan.val, plan.test))
         seen, blind = self._seen[plan.cohort], self.options.blind
@@ -267,7 +264,7 @@ class Vqa(Task):
 
     def references(self, client: str) -> Mapping[str, Callable[[Batch], Tensor]]:
         """Return `majority`: a client's most frequent training answer to questions of the same types, open or closed alike."""
-        plan = self._plans[client]
+        plan = self.data.plan(client)
         if plan.cohort not in self._facts:
             return {"majority": partial(_not_here, client)}  # a server asks for the name alone
         facts, rows = self._facts[plan.cohort], torch.tensor(plan.train, dtype=torch.int64)

@@ -70,7 +70,7 @@ def test_memory_of_a_tree_counts_children(script: Script) -> None:
     assert together > alone
 
 
-@pytest.mark.parametrize("name", ["engine", "memory", "step", "strategies", "workers"])
+@pytest.mark.parametrize("name", ["engine", "flower", "memory", "soak", "step", "strategies", "workers"])
 def test_help_names_the_quick_look(
     script: Script, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

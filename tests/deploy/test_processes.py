@@ -17,8 +17,9 @@ from omnifm.data.words import Discretion
 from omnifm.deploy.app import write_app, write_home, write_programs
 from omnifm.deploy.doctor import Finding, Patient, examine
 from omnifm.deploy.join import make_member
-from omnifm.deploy.processes import QUIET, Child, environment, free_port, is_open, last_words
+from omnifm.deploy.processes import Child, environment, free_port, is_open, last_words
 from omnifm.deploy.serve import clients_in, make_server
+from omnifm.engines.quiet import QUIET
 from omnifm.errors import CheckpointError, ConfigError, DataError
 from tests.run import jobs
 

@@ -188,6 +188,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "running statistics": ("fedavg", {"model__norm": "batch"}, "is a statistic of images, no parameter"),
     "two clients": ("fedavg", {"federation__participation": 0.5}, "a round has 2 clients, it takes at least 3"),
     "workers": ("fedavg", {"engine__workers": 2}, "set engine.workers = 1"),
+    "simulation": ("fedavg", {"engine__kind": "flower-simulation"}, "engine.kind = 'local'"),
     "norms": ("fedavg", {"security__max_update_norm": 1.0}, "security.max_update_norm cannot hold"),
     "a coarse ring": (
         "fedavg",
