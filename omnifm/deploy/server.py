@@ -28,6 +28,7 @@ from omnifm.track.folder import read_json, write_json
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0
+_FORMAT = "%(asctime)s %(name)s %(message)s"
 CONFIG = "config.toml"
 JOB = "OMNIFM_SERVER"
 """Environment variable with the file that says what to serve."""
@@ -91,11 +92,9 @@ def read_job(path: Path) -> Job:
 
 def main(carrier: Carrier) -> None:
     """Serve the job that the environment names; leave an outcome in its folder."""
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=_FORMAT)
     job = read_job(Path(os.environ[JOB]))
-    # What goes to standard output ends up in Flower's database; who was refused has to be in a file that people read.
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), logging.FileHandler(job.log, encoding="utf-8")]
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", handlers=handlers)
-    with locked(job.lock):
+    with locked(job.lock), _logged(job.log):
         threading.Thread(target=_end_with_serve, args=(job, _text(job.ticket)), daemon=True).start()
         try:
             serve_job(job, carrier)
@@ -106,6 +105,19 @@ def main(carrier: Carrier) -> None:
             log.exception("the server's program failed")
             write_json(job.outcome, {"ok": False, "message": f"the server's program failed ({type(error).__name__}: {error})"})
             raise
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Append to a file what is logged. Standard output ends up in Flower's database, where nobody looks for who was refused."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 def _end_with_serve(job: Job, ticket: str) -> None:

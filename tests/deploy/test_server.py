@@ -313,6 +313,7 @@ def test_an_outcome_is_left_whatever_it_is(data: Path, tmp_path: Path, monkeypat
     _quick_again(monkeypatch)
     main(Post(open_bays(data, tmp_path / "hospitals", CLIENTS)))
     assert json.loads(job.outcome.read_text()) == {"ok": True, "message": ""}
+    assert job.log.is_file() and not [h for h in logging.getLogger().handlers if "server.log" in str(h)]
 
 
 def _quick_again(monkeypatch: pytest.MonkeyPatch) -> None:
