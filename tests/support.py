@@ -315,11 +315,9 @@ def make_lab(
     server_strategy.holds = site_strategy.holds
     server_strategy.width = site_strategy.width
     server_strategy.common = site_strategy.common
-    drawn = draw_schedule(clients, config.federation.rounds, config.federation.participation, config.seed)
+    turns = schedule or draw_schedule(clients, config.federation.rounds, config.federation.participation, config.seed)
     saved = Checkpoint(folder) if checkpoint else None
-    return Lab(
-        config, hospitals, task, server_strategy, site, store, engine(site), schedule or drawn, site.initial_shared(), saved
-    )
+    return Lab(config, hospitals, task, server_strategy, site, store, engine(site), turns, site.initial_shared(), saved)
 
 
 def make_strategy(config: Config, hospitals: Sequence[Hospital], task: Task) -> Strategy:
@@ -328,8 +326,7 @@ def make_strategy(config: Config, hospitals: Sequence[Hospital], task: Task) -> 
     federation, buffers = config.federation, config.model.buffers
     budgeted = config.privacy.prototype_clip > 0
     facts = (buffers, task.one_label_space, federation.weighting, task.label_count, budgeted)
-    context = Context(infos, config.seed, federation.rounds, *facts)
-    return found(options, context)
+    return found(options, Context(infos, config.seed, federation.rounds, *facts))
 
 
 class Spy:
