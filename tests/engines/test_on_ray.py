@@ -54,7 +54,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     jobs.write_toml(folder / "failing.toml", failing)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [*ALONE, sys.executable, "-m", "tests.engines.on_ray", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    for _ in range(3):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
+        if "timed out during startup" not in done.stdout + done.stderr:
+            break  # a machine with much else to do may not give Ray its 30 seconds to start in
+        shutil.rmtree(folder / "omnifm-ray", ignore_errors=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return Runs(folder, json.loads((folder / "seen.json").read_text()))
 
