@@ -68,9 +68,10 @@ def main(folder: Path) -> None:
         if record["event"] == "round" and "listening" not in seen:
             seen["listening"], seen["programs"] = listening(), offspring()
 
-    environment = dict(os.environ)
+    before = dict(os.environ)
     execute(load(folder / "omnifm.toml", SIMULATED), folder / "omnifm-ray", watch=look)
-    seen["left"], seen["environment"] = offspring(), environment == dict(os.environ)
+    ours = [name for name in {*before, *os.environ} if name.startswith(("RAY", "FLWR", "PYTHONPATH"))]
+    seen["left"], seen["environment"] = offspring(), [name for name in ours if before.get(name) != os.environ.get(name)]
     with cluster() as address:
         there = (*SIMULATED, f"engine.ray_address={json.dumps(address)}")
 
