@@ -44,7 +44,7 @@ def offspring() -> list[str]:
 def cluster() -> Iterator[str]:
     """Start Ray as on the first machine of a cluster; yield its address."""
     with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        words = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={PORT}", "--num-cpus=2"]
+        words = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={PORT}", "--num-cpus=1"]
         words += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}"]
         command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *words]
         environment = {**os.environ, **QUIET, "RAY_worker_niceness": "0"}
