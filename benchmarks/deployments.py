@@ -41,12 +41,19 @@ class Place:
         self.started.append(process)
         return process
 
-    def wait(self, process: subprocess.Popen[bytes], until: Path) -> None:
-        """Wait until a process has ended well, or a file is there. Raises RuntimeError with its last words if it ended badly."""
+    def wait(self, process: subprocess.Popen[bytes], until: Path, lost: str = "") -> None:
+        """Wait until a process has ended well, or a file is there.
+
+        Raises:
+            RuntimeError: it ended badly, takes too long, or a program says that all is `lost`; with the last words of all.
+        """
         end = time.monotonic() + PATIENCE
         while process.poll() is None and not until.is_file():
             if time.monotonic() > end:
                 raise RuntimeError(f"{self.folder}: not over after {PATIENCE:.0f} s; see its .out files")
+            said = (p.read_text(errors="replace") for p in self.folder.glob("*.out")) if lost else ()
+            if any(lost in text for text in said) and not until.is_file():
+                raise RuntimeError(f"{self.folder}: {lost!r} was said before there was a result; see its .out files")
             time.sleep(_LOOK_SECONDS)
         if process.poll():
             words = "\n".join(f"{p.name}: {p.read_text(errors='replace')[-700:]}" for p in sorted(self.folder.glob("*.out")))

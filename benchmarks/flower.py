@@ -129,7 +129,8 @@ def run_flowers_deployment(where: Place, config: dict[str, Any]) -> Run:
     """Run Flower's FedAvg over its SuperLink."""
     superlink = start_flowers(where, config, len(config["federation"]["cohorts"]))
     try:
-        where.wait(where.started[0], where.folder / "result.json")
+        # Flower ends a run whose server does not say in time that it lives, and its nodes wait on.
+        where.wait(where.started[0], where.folder / "result.json", lost="Runtime task-token authentication failed")
         if not (where.folder / "result.json").is_file():
             raise RuntimeError(f"{where.folder}: a SuperNode ended; see node-0.out")
     finally:

@@ -119,8 +119,8 @@ class SimulationEngine:
         broken: list[Exception] = []
         # Not the thread is waited for: Python 3.11 takes it for ended when Ctrl-C comes in between.
         ended = threading.Event()
-        threading.Thread(target=self._play, args=(show.run, broken, ended), daemon=True).start()
         try:
+            threading.Thread(target=self._play, args=(show.run, broken, ended), daemon=True).start()
             while not ended.wait(_LOOK_SECONDS) and not outcome.done():
                 pass
         finally:

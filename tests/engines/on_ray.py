@@ -44,7 +44,7 @@ def offspring() -> list[str]:
 def cluster() -> Iterator[str]:
     """Start Ray as on the first machine of a cluster; yield its address."""
     with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        words = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={PORT}", "--num-cpus=2"]
+        words = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={PORT}", "--num-cpus=1"]
         words += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}"]
         command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *words]
         environment = {**os.environ, **QUIET, "RAY_worker_niceness": "0"}
@@ -68,9 +68,10 @@ def main(folder: Path) -> None:
         if record["event"] == "round" and "listening" not in seen:
             seen["listening"], seen["programs"] = listening(), offspring()
 
-    environment = dict(os.environ)
+    before = dict(os.environ)
     execute(load(folder / "omnifm.toml", SIMULATED), folder / "omnifm-ray", watch=look)
-    seen["left"], seen["environment"] = offspring(), environment == dict(os.environ)
+    ours = [name for name in {*before, *os.environ} if name.startswith(("RAY", "FLWR", "PYTHONPATH"))]
+    seen["left"], seen["environment"] = offspring(), [name for name in ours if before.get(name) != os.environ.get(name)]
     with cluster() as address:
         there = (*SIMULATED, f"engine.ray_address={json.dumps(address)}")
 

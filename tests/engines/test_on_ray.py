@@ -21,7 +21,7 @@ from tests.tasks.atlas import make_cohorts
 ROOT = Path(__file__).resolve().parents[2]
 STRATEGIES = ("omnifm", "scaffold")
 ALONE = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
-SECONDS = 600.0
+SECONDS = 1800.0
 """Many times what it takes on a machine that has nothing else to do."""
 
 if find_spec("flwr") is None or find_spec("ray") is None:
@@ -54,7 +54,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     jobs.write_toml(folder / "failing.toml", failing)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [*ALONE, sys.executable, "-m", "tests.engines.on_ray", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    for _ in range(3):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
+        if "timed out during startup" not in done.stdout + done.stderr:
+            break  # a machine with much else to do may not give Ray its 30 seconds to start in
+        shutil.rmtree(folder / "omnifm-ray", ignore_errors=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return Runs(folder, json.loads((folder / "seen.json").read_text()))
 
@@ -69,7 +73,8 @@ def shared(run: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_one_seed_gives_the_same_bits_in_every_engine(strategy: str, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multiprocessing.get_context", lambda kind: killed.processes())
+    server = killed.processes()  # what workers import anyway is imported once
+    monkeypatch.setattr("multiprocessing.get_context", lambda kind: server)
     for workers in (1, 2):
         execute(load(runs.folder / f"{strategy}.toml", [f"engine.workers={workers}"]), runs.folder / f"{strategy}-{workers}")
     expected = shared(runs.folder / f"{strategy}-1")
@@ -90,7 +95,7 @@ def test_a_client_that_fails_ends_the_run_with_the_line_of_one_process(runs: Run
     with pytest.raises(OmnifmError) as caught:
         execute(load(runs.folder / "failing.toml"), runs.folder / "failing-1")
     assert runs.seen["failure"] == str(caught.value)
-    assert runs.seen["failure"].startswith("client atlas_cls_t1")
+    assert runs.seen["failure"].startswith("client atlas_cls_ct-0, round 0: the loss is not finite")
 
 
 @pytest.mark.slow
@@ -98,5 +103,5 @@ def test_ray_listens_on_loopback_alone_and_nothing_of_it_is_left(runs: Runs) -> 
     assert runs.seen["listening"] == ["127.0.0.1"]
     programs = " ".join(runs.seen["programs"])
     assert "gcs_server" in programs and "dashboard.py" not in programs
-    assert runs.seen["left"] == [] and runs.seen["environment"] is True
+    assert runs.seen["left"] == [] and runs.seen["environment"] == []
     assert "ServerApp finished running" in (runs.folder / "omnifm-ray" / "simulation.log").read_text()
