@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from omnifm.cli.run import Config, Set
-from omnifm.data.words import LEAST
 
 Certs = Annotated[
     Path | None, typer.Option("--certs", metavar="DIR", help="Folder that omnifm certs made; without it, this machine alone.")
@@ -60,15 +59,17 @@ def join(
     client: Annotated[str, typer.Option("--client", metavar="ID", help="This hospital's id.")],
     certs: Certs = None,
     state: Annotated[
-        Path | None, typer.Option("--state", metavar="DIR", help="Folder of private state [default: hospital-ID].")
+        Path | None, typer.Option("--state", metavar="DIR", help="Folder of private state.", show_default="hospital-ID")
     ] = None,
     policy: Annotated[
         Path | None, typer.Option("--policy", metavar="FILE", help="What this hospital insists on; see docs/privacy.md.")
     ] = None,
     answers_least: Annotated[
-        int,
-        typer.Option(min=1, help="Questions: answers that fewer training rows have are not told, and such rows left out."),
-    ] = LEAST,
+        int | None,
+        typer.Option(
+            min=1, help="Questions: answers that fewer training rows have are not told, and such rows left out.", show_default="5"
+        ),
+    ] = None,
     answers: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Answers that may be told however rare they are, one a line.")
     ] = None,

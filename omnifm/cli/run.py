@@ -8,7 +8,7 @@ import typer
 Config = Annotated[Path, typer.Argument(help="A TOML config, e.g. configs/demo.toml.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key; VALUE is TOML. May be repeated.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run [default: runs/CONFIG-STRATEGY-SEED].")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run.", show_default="runs/CONFIG-STRATEGY-SEED")]
 
 
 _MOST_COLUMNS = 8

@@ -59,8 +59,13 @@ class Discretion:
     free: tuple[str, ...] = ()
 
 
-def read_discretion(least: int, file: Path | None) -> Discretion:
-    """Return what `--answers-least` and the file of `--answers`, one answer a line, let out. Raises DataError if it is none."""
+def read_discretion(least: int | None, file: Path | None) -> Discretion:
+    """Return what `--answers-least` (None: as ever) and the file of `--answers`, one answer a line, let out.
+
+    Raises:
+        DataError: the file is no such list.
+    """
+    least = LEAST if least is None else least
     if file is None:
         return Discretion(least)
     try:

@@ -84,7 +84,7 @@ def test_a_loss_that_is_not_finite_names_client_and_round_and_loses_nothing(
         trained.append(request)
         if request.round == 1 and trained[-2].round == 1:  # in the middle of the second round
             next(site.model.parameters()).data.fill_(float("nan"))
-            monkeypatch.setattr(site, "_install", lambda request: {})
+            monkeypatch.setattr(site, "_install", lambda request: ({}, {}))
         return step(site, request)
 
     raw = raw_config(data, "omnifm")

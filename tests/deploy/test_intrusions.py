@@ -204,6 +204,10 @@ def attack(siege: Siege) -> None:
         siege.seen[name] = [f for f in examine(patient) if siege.address in f.what]
 
 
+def open_hospital(cohort: Path, client: str, *rest: Any, **own: Any) -> Hospital:
+    return (Turncoat if client == LIAR else Hospital)(cohort, client, *rest, **own)
+
+
 @pytest.fixture(scope="module")
 def siege(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Siege]:
     """One SuperLink for all: first those who should not be there, then the hospitals; the run is over when a test looks."""
@@ -211,8 +215,7 @@ def siege(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Siege]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
-        make = lambda cohort, client, *rest: (Turncoat if client == LIAR else Hospital)(cohort, client, *rest)  # noqa: E731
-        patch.setattr("omnifm.deploy.join.Hospital", make)
+        patch.setattr("omnifm.deploy.join.Hospital", open_hospital)
         try:
             siege.start("serve", server.run)
             siege.wait(lambda: bool(siege.said["serve"]), "the SuperLink")

@@ -219,8 +219,8 @@ class ToldError(Exception):
 def test_what_a_hospital_tells_of_answers_is_what_its_command_says(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def opened(*arguments: object) -> None:
-        raise ToldError(arguments[-1])
+    def opened(*_: object, discretion: Discretion, **__: object) -> None:
+        raise ToldError(discretion)
 
     monkeypatch.setattr("omnifm.deploy.join.Hospital", opened)
     monkeypatch.setattr("omnifm.cli.deploy._end_well", lambda: None)

@@ -37,7 +37,7 @@ def listening() -> list[str]:
 
 
 def offspring() -> list[str]:
-    return [" ".join(p.cmdline())[:80] for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    return [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
 
 
 @contextmanager
