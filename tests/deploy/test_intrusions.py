@@ -41,8 +41,8 @@ HONEST, LIAR = "scan-0", "scan-1"
 class Turncoat(Hospital):
     """Has a key that is registered. First says that it is another hospital, then answers in another's name."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **own: Any) -> None:
+        super().__init__(*arguments, **own)
         self.told = 0
 
     def answer(self, blob: bytes) -> bytes:
