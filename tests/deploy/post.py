@@ -5,6 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 from omnifm.data.words import Discretion
 from omnifm.deploy.hospital import Hospital
 from omnifm.engines.parcels import Arrival, Node
@@ -76,3 +78,11 @@ def open_bays(data: Path, folder: Path, clients: Collection[str], discretion: Di
         return Hospital(data / client.partition("-")[0], client, folder / client, str(data / "cache"), discretion=discretion)
 
     return {client: Bay(hospital(client), Node(10 + number)) for number, client in enumerate(clients)}
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing wait between two looks."""
+    for name in ("_POLL_SECONDS", "_RESEND_SECONDS", "_CHECK_SECONDS"):
+        monkeypatch.setattr(f"omnifm.engines.remote.{name}", 0.0)
+    for name in ("_PAUSE_SECONDS", "_AGAIN_SECONDS"):
+        monkeypatch.setattr(f"omnifm.deploy.roster.{name}", 0.0)

@@ -26,6 +26,7 @@ from omnifm.errors import CheckpointError, FederationError
 from omnifm.federation.messages import Reply, Request, decode, encode
 from omnifm.track.folder import write_config
 from omnifm.track.recorder import RunRecorder
+from tests.deploy.post import hurry
 from tests.deploy.storm import FAULTS, Calm, Killed, Storm, full_disk
 from tests.run import jobs
 
@@ -40,10 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_POLL_SECONDS", "_RESEND_SECONDS", "_CHECK_SECONDS"):
-        monkeypatch.setattr(f"omnifm.engines.remote.{name}", 0.0)
-    for name in ("_PAUSE_SECONDS", "_AGAIN_SECONDS"):
-        monkeypatch.setattr(f"omnifm.deploy.roster.{name}", 0.0)
+    hurry(monkeypatch)
 
 
 def hospital(data: Path, folder: Path, client: str) -> Hospital:

@@ -27,7 +27,7 @@ from omnifm.engines.parcels import Node
 from omnifm.errors import CheckpointError, FederationError
 from omnifm.federation.messages import Reply, Request, decode, encode
 from omnifm.track.folder import write_config
-from tests.deploy.post import Bay, Post, open_bays
+from tests.deploy.post import Bay, Post, hurry, open_bays
 from tests.run import jobs
 from tests.tasks.test_vqa import raw_config
 from tests.tasks.vqa_cohort import write_questions
@@ -49,10 +49,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_POLL_SECONDS", "_RESEND_SECONDS", "_CHECK_SECONDS"):
-        monkeypatch.setattr(f"omnifm.engines.remote.{name}", 0.0)
-    for name in ("_PAUSE_SECONDS", "_AGAIN_SECONDS"):
-        monkeypatch.setattr(f"omnifm.deploy.roster.{name}", 0.0)
+    hurry(monkeypatch)
 
 
 def serve(config: Config, post: Post, out: Path, clients: tuple[str, ...] = CLIENTS) -> Job:
