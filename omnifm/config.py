@@ -227,9 +227,11 @@ class EngineConfig(Section):
         description="What trains the clients: `local`, this process or `workers` of them; `flower-simulation`, Flower's on Ray.",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="`bf16`: autocast of the forward pass; weights stay float32.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="`bf16`: autocast of the forward pass; weights stay float32. Slower on a CPU without AVX-512."
+    )
     channels_last: bool = Field(
-        False, description="Memory layout of images and convolutions; with bf16 2.5 times faster on recent CPUs."
+        False, description="Memory layout of images and convolutions; with bf16 2.5 times faster on CPUs with AVX-512."
     )
     workers: int = Field(1, ge=1, description="Processes that train clients side by side.")
     ray_address: str = Field(

@@ -7,7 +7,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from omnifm.cli.run import Config, Set
+from omnifm.cli.run import Config, Set, say_what_is_slow
 from omnifm.errors import ConfigError
 
 Strategies = Annotated[str, typer.Option(help="Names with commas between, e.g. omnifm,fedavg,local.")]
@@ -40,6 +40,7 @@ def compare(
     if not rows:
         raise ConfigError("nothing to compare: give --strategies or --variants")
     cells = plan_cells(config, rows, parts(seeds, int, "--seeds"), parts(participation, float, "--participation"), set_)
+    say_what_is_slow(cells[0].config)
     with cells_bar(len(cells)) as show:
         status = run_all(cells, out, jobs=jobs, show=show)
     failed = [name for name, outcome in status.items() if outcome != "ok"]

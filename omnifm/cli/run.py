@@ -1,9 +1,12 @@
 """`omnifm run`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from omnifm import config as config_
 
 Config = Annotated[Path, typer.Argument(help="A TOML config, e.g. configs/demo.toml.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key; VALUE is TOML. May be repeated.")]
@@ -24,9 +27,18 @@ def run(config: Config, set_: Set = [], out: Out = None, resume: Resume = False)
     with RunView(f"{settings.strategy} on {config.name}") as view:
         from omnifm.run import execute
 
+        say_what_is_slow(settings)
         metrics = execute(settings, folder, resume=resume, watch=view.event)
     print_scores(metrics)
     typer.echo(f"report: {folder / 'report.html'}")
+
+
+def say_what_is_slow(settings: "config_.Config") -> None:
+    """Say in one line what makes the run slow on this machine, if anything does."""
+    from omnifm.build import slow_precision
+
+    if line := slow_precision(settings):
+        typer.echo(f"omnifm: {line}", err=True)
 
 
 def print_scores(metrics: dict[str, Any]) -> None:

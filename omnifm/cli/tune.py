@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from omnifm.cli.compare import Jobs, Strategies, parts
-from omnifm.cli.run import Config, Set
+from omnifm.cli.run import Config, Set, say_what_is_slow
 
 if TYPE_CHECKING:
     from omnifm.tune import Trial
@@ -35,6 +35,7 @@ def tune(
     if not names:
         raise ConfigError("nothing to tune: give --strategies")
     cells = plan(config, names, seed, set_)
+    say_what_is_slow(cells[0].config)
     with cells_bar(len(cells)) as show:
         trials = search(cells, out, jobs=jobs, show=show)
     _print_best(trials)

@@ -1,6 +1,7 @@
 """`omnifm run` as a user types it: what works, and one line for each of the many ways it cannot."""
 
 import json
+import platform
 import re
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from omnifm.build import STRATEGIES
+from omnifm.build import STRATEGIES, convolves_bf16
 from omnifm.errors import DataError
 from omnifm.federation.messages import Request
 from omnifm.federation.state import LocalJob
@@ -48,6 +49,20 @@ def test_a_bar_on_a_terminal(omnifm: Command, job: Path, monkeypatch: pytest.Mon
     assert broken.code == 1
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", broken.err)
     assert plain.splitlines()[-1].startswith("omnifm: client ")
+
+
+def test_bfloat16_where_the_cpu_has_none_is_said_in_one_line(omnifm: Command, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = "omnifm: engine.precision = 'bf16' is several times slower than 'fp32' on this CPU"
+    for has_it, precision, said in ((False, "bf16", 1), (True, "bf16", 0), (False, "fp32", 0)):
+        monkeypatch.setattr("omnifm.build.convolves_bf16", lambda found=has_it: found)
+        ended = omnifm("run", job, "--set", f'engine.precision="{precision}"', "--out", f"{has_it}-{precision}")
+        assert ended.code == 0 and ended.err.count(slow) == said
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").is_file(), reason="asks the kernel of an x86 CPU")
+def test_the_kernel_agrees_on_what_the_cpu_has() -> None:
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert convolves_bf16() == ({"avx512bw", "avx512vl", "avx512dq"} <= set(flags))
 
 
 def test_cohorts_as_a_toml_value_outside_the_repository(omnifm: Command, job: Path, tmp_path: Path) -> None:
