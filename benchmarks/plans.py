@@ -18,16 +18,17 @@ FIVE = ("local", "centralised", "fedavg", "fedper", "omnifm")
 
 @dataclass(frozen=True)
 class Part:
-    """Variants of one config at one participation; None: the config's own."""
+    """Variants of one config at one participation (None: the config's own), perhaps with keys that are changed for all."""
 
     config: Path
     variants: Callable[[], list[Variant]]
     participation: float | None = None
+    changes: tuple[str, ...] = ()
 
     def cells(self) -> list[Cell]:
         """Return its cells, all seeds."""
         levels = () if self.participation is None else (self.participation,)
-        return plan_cells(self.config, self.variants(), SEEDS, levels, ())
+        return plan_cells(self.config, self.variants(), SEEDS, levels, self.changes)
 
 
 @dataclass(frozen=True)
