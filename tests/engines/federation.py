@@ -1,5 +1,6 @@
 """A federation on loopback as people start it: commands in processes of their own, ended at the end of a test in any case."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,10 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
+START, ROUND = 300.0, 120.0
+"""Seconds that may pass: many times what it takes on a machine that has nothing else to do."""
 
 
 @dataclass
@@ -22,12 +26,12 @@ class Loopback:
     folder: Path
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def omnifm(self, *arguments: str, name: str = "") -> subprocess.Popen[bytes]:
-        """Start the command; its output goes to NAME.out."""
+    def omnifm(self, *arguments: str, name: str = "", machine: str = "") -> subprocess.Popen[bytes]:
+        """Start the command, in the folder that stands for a machine; its output goes to NAME.out."""
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         with (self.folder / f"{name or arguments[0]}.out").open("ab") as out:
             command = [sys.executable, "-m", "omnifm", *arguments]
-            process = subprocess.Popen(command, cwd=self.folder, env=env, stdout=out, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, cwd=self.folder / machine, env=env, stdout=out, stderr=subprocess.STDOUT)
         self.started.append(process)
         return process
 
@@ -42,6 +46,31 @@ class Loopback:
             words = {path.name: path.read_text(errors="replace")[-1500:] for path in sorted(self.folder.rglob("*.out"))}
             assert time.monotonic() < end, f"{what}: not within {seconds:.0f} s; {words}"
             time.sleep(0.2)
+
+
+@dataclass(frozen=True)
+class Served:
+    """The folder of a run that is being served."""
+
+    run: Path
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Return the events of one kind so far."""
+        path = self.run / "events.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        found = [json.loads(line) for line in lines if line.endswith("}")]
+        return [event for event in found if event["event"] == kind]
+
+    def committed(self) -> int:
+        """Return how many rounds are on the disk."""
+        path = self.run / "checkpoint" / "last.json"
+        return int(json.loads(path.read_text())["rounds_completed"]) if path.is_file() else 0
+
+
+def program_of(serving: subprocess.Popen[bytes], name: str) -> psutil.Process:
+    """Return the process in which one of Flower's programs runs, which is not the leash it is on."""
+    found = [(p, p.cmdline()) for p in relatives(serving)]
+    return next(p for p, words in found if "omnifm.deploy.leash" not in words and any(w.endswith(f"/{name}") for w in words))
 
 
 def relatives(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
