@@ -213,9 +213,25 @@ def goal(name: str, value: float, limit: float, *, at_least: bool = False) -> di
     return {"goal": name, "value": float(f"{value:.6g}"), "limit": limit, "sense": ">=" if at_least else "<=", "met": met}
 
 
+def without_places(value: Any) -> Any:
+    """Return a JSON value in which a file's place on this machine has given way to its name: reports are read elsewhere."""
+    if isinstance(value, Mapping):
+        return {key: without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_places(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def finish(name: str, report: dict[str, Any], rows: Sequence[Mapping[str, Any]], seed: int, *, quick: bool) -> None:
     """Write results/NAME.json and .csv (not for a quick look) and print the report as the last line of stdout."""
-    whole = {"benchmark": name, "commit": commit(), "machine": machine(), "load": load_average(), "quick": quick, **report}
+    whole = {
+        "benchmark": name,
+        "commit": commit(),
+        "machine": machine(),
+        "load": load_average(),
+        "quick": quick,
+        **without_places(report),
+    }
     if not quick:
         append_rows(RESULTS / f"{name}.csv", rows, seed)
         (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
