@@ -1,7 +1,8 @@
 """Does memory grow over hundreds of rounds? A tiny job over the SuperLink, three nodes, sampled every round.
 
-Memory is PSS, MiB: of the server's program, of the SuperLink with all its other programs, and of each hospital's worker; `nodes`
-is all that Flower runs at the hospitals. A row per ten rounds with the medians goes to results/soak_rounds.csv. The verdict is
+Memory is what processes hold of their own, MiB: pages that are no file's, in memory or swapped out. Pages of libraries come and
+go with what else runs, and their share (PSS) falls when any other program maps the same library. Told apart are the server's program,
+the SuperLink with all its other programs, and each hospital's worker; `nodes` is all that Flower runs at the hospitals. A row per ten rounds with the medians goes to results/soak_rounds.csv. The verdict is
 the slope of memory over the second half of the rounds, by least squares: beyond `LIMIT` MiB per 100 rounds it grows.
 """
 
@@ -28,6 +29,7 @@ LIMIT = 5.0
 PER_ROW = 10
 _LOOK_SECONDS = 0.2
 _SERVER_PROGRAM = "flwr-serverapp"
+_OWN = re.compile(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", re.MULTILINE)
 
 
 def job(scratch: Path, rounds: int) -> dict[str, Any]:
@@ -43,15 +45,16 @@ def job(scratch: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def pss(processes: Sequence[psutil.Process]) -> float:
-    """Return what processes hold, MiB; those that have ended meanwhile hold nothing."""
+def held(processes: Sequence[psutil.Process]) -> float:
+    """Return what processes hold of their own, MiB; those that have ended meanwhile hold nothing."""
     total = 0
     for process in processes:
         try:
-            total += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+        except (FileNotFoundError, ProcessLookupError):
             continue
-    return total / 2**20
+        total += sum(int(kib) for kib in _OWN.findall(status))
+    return total / 2**10
 
 
 def words(process: psutil.Process) -> str:
@@ -67,13 +70,13 @@ def sample(members: Members) -> dict[str, float]:
     found: dict[str, float] = {}
     below = psutil.Process(members.server.pid).children(recursive=True)
     program = [p for p in below if _SERVER_PROGRAM in words(p)]
-    found["server"] = pss(program)
-    found["superlink"] = pss([p for p in below if p not in program])
+    found["server"] = held(program)
+    found["superlink"] = held([p for p in below if p not in program])
     nodes: list[psutil.Process] = []
     for number, (_, hospital) in enumerate(sorted(members.hospitals.items())):
-        found[f"worker {number}"] = pss([psutil.Process(hospital.pid)])
+        found[f"worker {number}"] = held([psutil.Process(hospital.pid)])
         nodes += psutil.Process(hospital.pid).children(recursive=True)
-    found["nodes"] = pss(nodes)
+    found["nodes"] = held(nodes)
     return found
 
 
@@ -143,7 +146,7 @@ def main() -> None:
     slopes = {who: slope(samples, who) for who in samples[0][1]}
     name = f"omnifm, resnet18 width 8, 32 px, 3 nodes, {rounds} rounds, config {config_hash}"
     rows = [row(name, who, "growth over the second half", "MiB per 100 rounds", value) for who, value in slopes.items()]
-    rows += [row(name, who, "memory at the end (PSS)", "MiB", value) for who, value in samples[-1][1].items()]
+    rows += [row(name, who, "memory of its own at the end", "MiB", value) for who, value in samples[-1][1].items()]
     rows.append(row(name, "all", "whole job", "s", seconds))
     if not args.quick:
         write_table(RESULTS / "soak_rounds.csv", table(samples), config_hash)
