@@ -1,9 +1,10 @@
 """Does memory grow over hundreds of rounds? A tiny job over the SuperLink, three nodes, sampled every round.
 
 Memory is what processes hold of their own, MiB: pages that are no file's, in memory or swapped out. Pages of libraries come and
-go with what else runs, and their share (PSS) falls when any other program maps the same library. Told apart are the server's program,
-the SuperLink with all its other programs, and each hospital's worker; `nodes` is all that Flower runs at the hospitals. A row per ten rounds with the medians goes to results/soak_rounds.csv. The verdict is
-the slope of memory over the second half of the rounds, by least squares: beyond `LIMIT` MiB per 100 rounds it grows.
+go with what else runs, and their share (PSS) falls when any other program maps the same library. Told apart are the server's
+program, the SuperLink with all its other programs, and each hospital's worker; `nodes` is all that Flower runs at the hospitals.
+A row per ten rounds with the medians goes to results/soak_rounds.csv. The verdict is the slope of memory over the second half of
+the rounds, by least squares: beyond `LIMIT` MiB per 100 rounds it grows.
 """
 
 import argparse
