@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from omnifm import build
 from omnifm.config import Config, dump, parse
 from omnifm.data.words import Discretion
 from omnifm.deploy.data import Own, data_apart, own_client, public
+from omnifm.deploy.ledger import Answer, Ledger
 from omnifm.deploy.policy import Policy
 from omnifm.engines.calls import Call, pack, unpack
 from omnifm.errors import FederationError, OmnifmError
@@ -24,10 +26,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Open:
-    """The site in use, and what it was built for."""
+    """The site in use, what it was built for, and how many training examples its client has."""
 
     header: Mapping[str, Any]
     site: Site
+    config: Config
+    examples: int
 
 
 class Hospital:
@@ -36,7 +40,7 @@ class Hospital:
     Args:
         cohort: the client's data.
         client: its id.
-        store: folder of private state, on this machine's disk.
+        store: folder of private state, on this machine's disk. The ledger of what has left is in it.
         cache: folder of decoded images; empty: the user's cache folder.
         policy: what this hospital insists on.
         discretion: what may be told of answers.
@@ -55,6 +59,7 @@ class Hospital:
         self._cohort, self._client, self._store, self._cache = cohort, client, store, cache
         self._policy = policy or Policy()
         self._discretion = discretion or Discretion()
+        self._ledger = Ledger(store / f"ledger-{client}.json")
         self._open: _Open | None = None
 
     def answer(self, blob: bytes) -> bytes:
@@ -84,9 +89,28 @@ class Hospital:
             raise FederationError(f"client {self._client}: was asked in the name of client {request.client}")
         self._policy.check_request(request)
         started = time.perf_counter()
-        reply = encode(self._site(call.header).handle(request))
+        opened = self._opened(call.header)
+        reply = opened.site.handle(request)
+        self._note(Answer.to(request, opened.config, opened.examples, reply), opened.config)
         log.info("%s, round %d: answered in %.1f s", request.kind, request.round, time.perf_counter() - started)
-        return Call("reply", {}, reply)
+        return Call("reply", {}, encode(reply))
+
+    def _note(self, answer: Answer, config: Config) -> None:
+        """Put an answer into the ledger before it leaves.
+
+        Raises:
+            FederationError: with it more would have left than the policy allows.
+            CheckpointError: the disk refuses.
+        """
+        if answer == Answer():
+            return
+        delta, noisy = self._policy.delta, bool(config.privacy.example_noise)  # without noise there is no epsilon to tell of
+        epsilon = self._ledger.epsilon(delta, answer) if noisy or self._policy.max_epsilon else math.inf
+        self._policy.check_epsilon(epsilon)
+        self._store.mkdir(parents=True, exist_ok=True)
+        self._ledger.add(answer)
+        if noisy:
+            log.info("all answers so far: epsilon %.3g of one training example (delta %g)", epsilon, delta)
 
     def _config(self, header: Mapping[str, Any]) -> Config:
         """Return the server's config with this machine's folders.
@@ -102,19 +126,21 @@ class Hospital:
     def _own(self, config: Config) -> Own:
         return own_client(config, self._cohort, self._client, self._discretion)
 
-    def _site(self, header: Mapping[str, Any]) -> Site:
-        """Return the site for this federation; the one in use, unless the federation is another one."""
+    def _opened(self, header: Mapping[str, Any]) -> _Open:
+        """Return what answers for this federation; what is in use, unless the federation is another one."""
         if self._open is None or self._open.header != header:
             self._open = None  # the old model's memory is free before the new one is built
             config = self._config(header)
-            data = data_apart(config, _introductions(header), self._own(config))
+            own = self._own(config)
+            data = data_apart(config, _introductions(header), own)
             self._policy.check(config, len(data.plans))
-            self._open = _Open(header, build.make_site(config, self._store, data))
+            site = build.make_site(config, self._store, data)
+            self._open = _Open(header, site, config, own.introduction.train)
             asked = {name: value for name, value in dump(config)["privacy"].items() if value}
             if not config.privacy.prototype_clip:
                 del asked["prototype_releases"]  # of nothing
             log.info("strategy %s, %d clients, privacy %s", config.strategy, len(data.plans), asked)
-        return self._open.site
+        return self._open
 
 
 def _introductions(header: Mapping[str, Any]) -> list[Any]:

@@ -29,6 +29,10 @@ class Policy(BaseModel):
     max_rounds: int = Field(0, ge=0, description="Most rounds; 0: any number.")
     max_local_epochs: int = Field(0, ge=0, description="Most passes over the data in a round; 0: any number.")
     max_local_steps: int = Field(0, ge=0, description="Most optimiser steps in a round, where steps are counted; 0: any number.")
+    max_epsilon: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="Most epsilon of one training example, by the hospital's own count; 0: any."
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="Delta of `max_epsilon`.")
 
     def check(self, config: Config, clients: int = 0) -> None:
         """Raise FederationError, in one line with everything that falls short, unless a federation is as it should be.
@@ -55,6 +59,14 @@ class Policy(BaseModel):
         if short:
             raise FederationError(f"refused by this hospital's policy: {'; '.join(short)}")
 
+    def check_epsilon(self, epsilon: float) -> None:
+        """Raise FederationError if with the answer that is asked for more would have left than may."""
+        if self.max_epsilon and epsilon > self.max_epsilon:
+            raise FederationError(
+                f"refused by this hospital's policy: with this answer one example has an epsilon of {epsilon:.3g} "
+                f"(delta {self.delta:g}), at most {self.max_epsilon:g} is allowed"
+            )
+
     def _privacy(self, config: Config) -> Iterator[str]:
         privacy = config.privacy
         if self.secure_aggregation and not privacy.secure_aggregation:
@@ -63,7 +75,9 @@ class Policy(BaseModel):
             found = getattr(privacy, key)
             if found < least:
                 yield f"privacy.{key} = {found:g}, at least {least:g} is wanted"
-        if privacy.noise == "seeded" and (self.min_example_noise or self.min_client_noise):
+        if self.max_epsilon and not privacy.example_noise:
+            yield f"privacy.example_noise = 0, with which no epsilon of {self.max_epsilon:g} can be kept"
+        if privacy.noise == "seeded" and (self.min_example_noise or self.min_client_noise or self.max_epsilon):
             yield 'privacy.noise = "seeded", which anybody can take off'
 
     def _uploads(self, config: Config) -> Iterator[str]:

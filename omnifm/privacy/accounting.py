@@ -15,9 +15,10 @@ Sampling helps against whoever does not know who took part. Against the others a
 bound is that of the client with most of them: `participation_known`.
 """
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -83,30 +84,60 @@ def spent(noise_multiplier: float, delta: float, clients: int, schedule: Sequenc
     return Spent(min(sampled, known), known)
 
 
+@dataclass(frozen=True)
+class Steps:
+    """Steps of DP-SGD.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise on a sum of gradients, in clips.
+        rate: probability with which each example is drawn.
+        count: how many.
+    """
+
+    noise_multiplier: float
+    rate: float
+    count: int
+
+
 def epsilon_of_examples(
     noise_multiplier: float, delta: float, steps: int, rate: float, releases: Releases = NO_RELEASES
 ) -> float:
-    """Return epsilon of so many steps of DP-SGD, each example drawn with probability `rate`, and of releases.
+    """Return epsilon of so many steps of DP-SGD, each example drawn with probability `rate`, and of releases."""
+    return epsilon_of_all(delta, [Steps(noise_multiplier, rate, steps)], [releases])
+
+
+def epsilon_of_all(delta: float, steps: Iterable[Steps], releases: Iterable[Releases]) -> float:
+    """Return epsilon of everything that one client's examples went into, of any noise.
 
     Infinite without noise. Neighbours: one example more or less (the number of examples counts as known). I. Mironov, K. Talwar,
     L. Zhang, "Renyi differential privacy of the sampled Gaussian mechanism", arXiv 1908.10530, 2019.
     """
-    if (steps and not noise_multiplier) or (releases.count and not releases.noise_multiplier):
+    trained, told = [s for s in steps if s.count], [r for r in releases if r.count]
+    if not all([s.noise_multiplier for s in trained] + [r.noise_multiplier for r in told]):
         return math.inf
+    if not trained and not told:
+        return 0.0
     accounting = _library()
     accountant = accounting.rdp.RdpAccountant(neighboring_relation=accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    if steps:
-        accountant.compose(accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise_multiplier)), steps)
-    if releases.count:
-        accountant.compose(accounting.GaussianDpEvent(releases.noise_multiplier), releases.count)
-    return float(accountant.get_epsilon(delta)) if steps or releases.count else 0.0
+    for s in trained:
+        accountant.compose(accounting.PoissonSampledDpEvent(s.rate, accounting.GaussianDpEvent(s.noise_multiplier)), s.count)
+    for r in told:
+        accountant.compose(accounting.GaussianDpEvent(r.noise_multiplier), r.count)
+    return float(accountant.get_epsilon(delta))
 
 
 def _library() -> Any:
     try:
-        return import_module("dp_accounting")
+        found = import_module("dp_accounting")
     except ModuleNotFoundError:
         raise ConfigError("the accounting of privacy needs the extra: pip install 'omnifm[privacy]'") from None
+    # It warns of every order whose series does not converge and goes on without it, which never makes epsilon smaller.
+    logging.getLogger("absl").addFilter(_tells_more_than_orders)
+    return found
+
+
+def _tells_more_than_orders(record: logging.LogRecord) -> bool:
+    return "Excluding this order" not in record.getMessage()
 
 
 def epsilon(
