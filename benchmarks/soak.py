@@ -3,6 +3,7 @@
 Memory is what processes hold of their own, MiB: pages that are no file's, in memory or swapped out. Pages of libraries come and
 go with what else runs, and their share (PSS) falls when any other program maps the same library. Told apart are the server's
 program, the SuperLink with all its other programs, and each hospital's worker; `nodes` is all that Flower runs at the hospitals.
+What is younger than 20 seconds serves one message, ends, and is left out: whether one happens to live is no growth.
 A row per ten rounds with the medians goes to results/soak_rounds.csv. The verdict is the slope of memory over the second half of
 the rounds, by least squares: beyond `LIMIT` MiB per 100 rounds it grows.
 """
@@ -29,6 +30,7 @@ from runs import noise_cohort
 LIMIT = 5.0
 PER_ROW = 10
 _LOOK_SECONDS = 0.2
+_YOUNG_SECONDS = 20.0
 _SERVER_PROGRAM = "flwr-serverapp"
 _OWN = re.compile(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", re.MULTILINE)
 
@@ -47,12 +49,14 @@ def job(scratch: Path, rounds: int) -> dict[str, Any]:
 
 
 def held(processes: Sequence[psutil.Process]) -> float:
-    """Return what processes hold of their own, MiB; those that have ended meanwhile hold nothing."""
+    """Return what processes hold of their own, MiB; those that have ended meanwhile hold nothing, nor do young ones."""
     total = 0
     for process in processes:
         try:
+            if time.time() - process.create_time() < _YOUNG_SECONDS:
+                continue
             status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-        except (FileNotFoundError, ProcessLookupError):
+        except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
             continue
         total += sum(int(kib) for kib in _OWN.findall(status))
     return total / 2**10
