@@ -109,7 +109,8 @@ def start_flowers(where: Place, config: Mapping[str, Any], clients: int) -> Chil
     port, home = free_port(), write_home(where.folder / "home", "", None)
     write_home(home, f"127.0.0.1:{port}", None)
     env = environment(home, **ONE_THREAD, PYTHONPATH=PYTHONPATH, OMNIFM_BENCHMARK=str(where.folder / "job.json"))
-    env.pop("FLWR_SUPEREXEC_TASK_POLL_INTERVAL")  # ours; Flower's own is measured as it comes
+    for ours in ("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "MALLOC_ARENA_MAX"):
+        env.pop(ours)  # Flower's own is measured as it comes
     link = ["--host", "127.0.0.1", "--port", str(port), "--database", str(where.folder / "superlink.db"), "--insecure"]
     command = [program("flower-superlink"), *link, "--disable-runtime-dependency-installation"]
     superlink = Child(command, env, where.folder / "superlink.out")

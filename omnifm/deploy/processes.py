@@ -12,6 +12,8 @@ from omnifm.engines.quiet import QUIET
 from omnifm.errors import CheckpointError, ConfigError
 
 _POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+_MEMORY = {"MALLOC_ARENA_MAX": "2"}
+"""Flower fetches every message in threads of its own, and glibc gives each a heap that grows and is not given back."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _END_SECONDS = 15
 _START, _EXIT, _MORE = "Starting Flower SuperNode", "Exit Code: ", "For more information"
@@ -33,7 +35,7 @@ def require_loopback(host: str, option: str) -> None:
 def environment(home: Path, **more: str) -> dict[str, str]:
     """Return the environment of Flower's programs: its own folder, our programs first, everything quiet."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, **_POLL, **QUIET, "FLWR_HOME": str(home), "PATH": path, **more}
+    return {**os.environ, **_POLL, **QUIET, **_MEMORY, "FLWR_HOME": str(home), "PATH": path, **more}
 
 
 def program(name: str) -> str:

@@ -103,7 +103,8 @@ def test_a_child_that_ends_by_itself_says_how(tmp_path: Path) -> None:
 
 def test_programs_are_told_to_be_quiet_and_are_ours_first(tmp_path: Path) -> None:
     found = environment(tmp_path / "home", MORE="1")
-    assert QUIET.items() <= found.items() and found["MORE"] == "1" and found["FLWR_HOME"] == str(tmp_path / "home")
+    assert QUIET.items() <= found.items() and found["MALLOC_ARENA_MAX"] == "2"
+    assert found["MORE"] == "1" and found["FLWR_HOME"] == str(tmp_path / "home")
     assert found["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
 
 
