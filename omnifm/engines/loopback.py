@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from omnifm.engines.calls import MOST_BYTES
@@ -93,8 +94,10 @@ class Listener:
         self._token = os.urandom(_NONCE)
         self._socket = socket.create_server((_HOST, 0))
         self._one_at_a_time = threading.Lock()
+        self._closed = False
         self._write_place()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
 
     def _write_place(self) -> None:
         partial = self._place.with_name(f".{self._place.name}.{os.getpid()}.part")
@@ -111,7 +114,10 @@ class Listener:
             try:
                 connection, _ = self._socket.accept()
             except OSError:
-                return  # closed
+                return
+            if self._closed:
+                connection.close()
+                return
             # A program that connects and says nothing must not keep the others waiting.
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
@@ -128,5 +134,9 @@ class Listener:
 
     def close(self) -> None:
         """Take no more frames."""
+        self._closed = True
+        with suppress(OSError):  # to close a socket wakes nobody who waits in accept, and the port stays open: a last caller does
+            socket.create_connection(self._socket.getsockname(), timeout=1.0).close()
+        self._thread.join(_GREETING_SECONDS)
         self._socket.close()
         self._place.unlink(missing_ok=True)

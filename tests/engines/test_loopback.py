@@ -23,6 +23,20 @@ def place(tmp_path: Path) -> Iterator[Path]:
     listener.close()
 
 
+def test_what_is_closed_answers_nobody_and_leaves_no_thread(tmp_path: Path) -> None:
+    """A closed socket does not wake who waits in accept: one more connection was taken, and answered."""
+    place = tmp_path / "worker.json"
+    listener = Listener(lambda blob: b"re:" + blob, place)
+    port = json.loads(place.read_text())["port"]
+    assert ask(place, b"x") == b"re:x"
+    time.sleep(0.2)  # it waits for the next one
+    listener.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=2)
+    assert not listener._thread.is_alive()
+    listener.close()  # twice is once
+
+
 @pytest.mark.parametrize("size", [0, 1, 3 * 2**20 + 7])
 def test_frames_come_back_whole(place: Path, size: int) -> None:
     blob = bytes(range(256)) * (size // 256 + 1)
