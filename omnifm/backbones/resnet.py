@@ -4,8 +4,38 @@ r = flatten( layer4( ... maxpool(act(norm(conv1(x)))) ) ),   (b, l, d),   d = 8 
 """
 
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
+from torch.nn.utils import skip_init
 
 from omnifm.backbones.norms import replace_batch_norms
+
+_BLOCK = 8
+"""Channels that oneDNN's AVX2 kernels take at a time."""
+
+
+class _Shortcut(nn.Conv2d):
+    """A strided 1x1 convolution that first leaves out the places it does not read: the same map, the same gradients.
+
+    With fewer input channels than a block and an image in channels-last order (one channel is always in it), oneDNN's own
+    strided backward pass writes past its workspace on CPUs without AVX-512: wrong gradients, or a process that is aborted
+    (uxlfoundation/oneDNN issue 6035, in torch 2.13).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self.stride
+        return conv2d(x[..., ::rows, ::columns], self.weight, self.bias)
+
+
+def _mend_shortcuts(module: nn.Module) -> None:
+    """Replace the strided 1x1 convolutions that oneDNN gets wrong, and no other: the bits of wider networks stay."""
+    for name, child in list(module.named_children()):
+        if not isinstance(child, nn.Conv2d):
+            _mend_shortcuts(child)
+        elif child.kernel_size == (1, 1) and child.stride != (1, 1) and child.in_channels < _BLOCK:
+            # Without the draws of an initialisation: what is made after this keeps its numbers.
+            mended = skip_init(_Shortcut, child.in_channels, child.out_channels, 1, child.stride, bias=child.bias is not None)
+            mended.load_state_dict(child.state_dict())
+            setattr(module, name, mended)
 
 
 class ResNet18Trunk(nn.Module):
@@ -35,6 +65,7 @@ class ResNet18Trunk(nn.Module):
         self.stem = nn.Sequential(net.conv1, net.bn1, net.act, net.maxpool)
         self.layers = nn.Sequential(net.layer1, net.layer2, net.layer3, net.layer4)
         self.token_dim = planes[-1]
+        _mend_shortcuts(self)
         if norm == "group":
             # MONAI's own `norm=` reaches the stem only: the blocks would keep BatchNorm.
             replace_batch_norms(self)

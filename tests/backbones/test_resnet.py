@@ -1,8 +1,15 @@
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
 
 from omnifm.backbones.norms import replace_batch_norms
 from omnifm.backbones.resnet import ResNet18Trunk
@@ -86,6 +93,69 @@ def test_gradient_reaches_every_parameter() -> None:
     out = net(torch.rand(4, 1, 64, 64, generator=generator(0, "x")))
     (out * torch.randn(out.shape, generator=generator(0, "w"))).sum().backward()
     assert [n for n, p in net.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)] == []
+
+
+def shortcuts(net: nn.Module) -> list[nn.Conv2d]:
+    return [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
+
+
+@given(width=st.integers(1, 7), side=st.integers(1, 9), batch=st.integers(1, 3))
+def test_a_narrow_shortcut_is_the_strided_convolution(width: int, side: int, batch: int) -> None:
+    """torch's own kernels, which are wrong where the map is in channels-last order, are asked in the order they can do."""
+    with scope(0, "net"):
+        shortcut = shortcuts(ResNet18Trunk(1, width, 2, "group"))[0]
+    assert shortcut.bias is not None
+    start = torch.randn(batch, width, side, side, generator=generator(0, "x"))
+
+    def gradients(x: Tensor, native: bool) -> list[Tensor]:
+        x = x.requires_grad_()
+        out = conv2d(x, shortcut.weight, shortcut.bias, stride=2) if native else shortcut(x)
+        weights = torch.randn(out.shape, generator=generator(0, "w"))
+        return [out, *torch.autograd.grad((out * weights).sum(), [x, shortcut.weight, shortcut.bias])]
+
+    want = gradients(start.clone(), native=True)
+    for order in (torch.contiguous_format, torch.channels_last):
+        torch.testing.assert_close(gradients(start.clone(memory_format=order), native=False), want, atol=1e-5, rtol=1e-5)
+
+
+def test_only_shortcuts_of_fewer_channels_than_a_block_are_mended() -> None:
+    """The others keep torch's kernel, and with it the bits of what has been published."""
+    assert [type(m) is nn.Conv2d for m in shortcuts(ResNet18Trunk(1, 4, 2, "group"))] == [False, True, True]
+    assert [type(m) is nn.Conv2d for m in shortcuts(ResNet18Trunk(1, 7, 2, "group"))] == [False, True, True]
+    assert all(type(m) is nn.Conv2d for m in shortcuts(ResNet18Trunk(1, 8, 2, "group")))
+
+
+def test_mending_draws_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with scope(0, "net"):
+        mended, after = ResNet18Trunk(1, 4, 2, "group"), torch.rand(1)
+    monkeypatch.setattr("omnifm.backbones.resnet._BLOCK", 0)
+    with scope(0, "net"):
+        native, after_native = ResNet18Trunk(1, 4, 2, "group"), torch.rand(1)
+    assert torch.equal(after, after_native)
+    states = mended.state_dict(), native.state_dict()
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+_TRAIN = """
+import torch
+from omnifm.backbones.resnet import ResNet18Trunk
+torch.manual_seed(0)
+net = ResNet18Trunk(2, 4, 2, "group").to(memory_format=torch.channels_last)
+for _ in range(10):
+    x = torch.rand(8, 2, 48, 48).contiguous(memory_format=torch.channels_last)
+    net(x).square().mean().backward()
+assert all(bool(p.grad.isfinite().all()) for p in net.parameters())
+"""
+
+
+def test_a_narrow_network_in_channels_last_order_keeps_the_heap_whole() -> None:
+    """In a process whose allocator looks at every block, with the kernels of a CPU without AVX-512."""
+    checker = next((path for path in Path("/lib").glob("*-linux-gnu/libc_malloc_debug.so.0")), None)
+    if checker is None:
+        pytest.skip("needs glibc's malloc checker, libc_malloc_debug.so.0")
+    env = {**os.environ, "LD_PRELOAD": str(checker), "MALLOC_CHECK_": "3", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", _TRAIN], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_mixed_precision_in_channels_last_differs_little() -> None:
