@@ -80,6 +80,17 @@ def _tuned(name: str) -> Callable[[], list[Variant]]:
     return lambda: read_variants(CONFIGS / f"{name}_tuned.toml")
 
 
+def _carried(name: str, *undefined: str) -> Callable[[], list[Variant]]:
+    """Return the options that `omnifm tune` chose for strategies on one task, for a task with an optimiser of its own."""
+
+    def kept(change: str) -> bool:
+        return change.startswith(("strategies.", "model.norm="))
+
+    return lambda: [
+        Variant(v.strategy, "carried", tuple(filter(kept, v.overrides))) for v in _tuned(name)() if v.strategy not in undefined
+    ]
+
+
 def _compressed() -> list[Variant]:
     """Return the uploads that are compared, each as FedAvg and as OmniFM."""
     changes: dict[str, tuple[str, ...]] = {
@@ -117,6 +128,18 @@ TABLES = {
             "binary": Part(
                 _named("segmentation"),
                 _plain("fedavg", "omnifm", name="binary", changes=("tasks.segmentation.head_space='binary'",)),
+            ),
+        },
+        ("dice", "hd95", "missed"),
+        digits=3,
+        factor=1,
+    ),
+    "segmentation_all": Table(
+        {
+            "main": Part(
+                _named("segmentation"),
+                _carried("classification", "fedproto"),  # FedProto's prototypes are of numbered classes
+                changes=("data.image_size=64", "federation.rounds=15", "federation.evaluate_every=15", "engine.precision='fp32'"),
             ),
         },
         ("dice", "hd95", "missed"),

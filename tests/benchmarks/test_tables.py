@@ -104,3 +104,17 @@ def test_every_published_table_can_be_planned(script: Script) -> None:
     for name, table in plans.TABLES.items():
         cells = tables.plan(table)
         assert len({cell.name for cell in cells}) == len(cells) > 0, name
+
+
+def test_segmentation_carries_the_options_of_strategies_and_no_optimiser(script: Script) -> None:
+    plans, tables = script("plans"), script("tables")
+    if not (plans.ROOT.parent / "shared" / "data").is_dir():
+        pytest.skip("the real cohorts are not beside the project")
+    cells = tables.plan(plans.TABLES["segmentation_all"])
+    assert {cell.variant.strategy for cell in cells} == set(build.STRATEGIES) - {"fedproto"}
+    assert len(cells) == 3 * (len(build.STRATEGIES) - 1)
+    own = plans.load(plans.CONFIGS / "segmentation.toml")
+    assert all(cell.config.optimiser == own.optimiser and cell.config.federation.rounds == 15 for cell in cells)
+    assert {cell.variant.strategy for cell in cells if cell.config.model.norm == "batch"} == {"fedbn"}
+    fedprox = next(cell for cell in cells if cell.variant.strategy == "fedprox")
+    assert fedprox.config.strategies == {"fedprox": {"mu": 1.0}}
