@@ -1,6 +1,7 @@
 """What every test shares: one CPU thread, repeatable hypothesis draws in CI, the folder of real images."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ settings.register_profile("local", deadline=None)
 # In CI a draw must not differ between two runs of one commit, and there is no database of earlier failures.
 settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# A shell's background job ignores Ctrl-C, and so do its children: tests of Ctrl-C would then wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -16,6 +17,7 @@ import omnifm as package
 from omnifm.build import STRATEGIES, lookup
 from omnifm.cli.listing import strategy_rows
 from omnifm.config import load
+from omnifm.federation.strategy import StrategyOptions
 from omnifm.run import execute
 from tests.cli.command import Command
 from tests.run.jobs import left_behind, raw_config, write_toml
@@ -63,13 +65,28 @@ def test_strategies_are_listed_with_what_they_keep_and_send(omnifm: Command, mon
     assert "the control variate's change; down: the server's" in printed["scaffold"]
 
 
+def own_options(options: type[StrategyOptions]) -> list[str]:
+    """Return what a strategy has besides the options of all, with its defaults and, of a choice, what else there is."""
+    texts = []
+    for name, field in options.model_fields.items():
+        if name not in StrategyOptions.model_fields or field.default != StrategyOptions.model_fields[name].default:
+            others = (
+                [c for c in get_args(field.annotation) if c != field.default] if get_origin(field.annotation) is Literal else []
+            )
+            texts.append(f"`{name}` {json.dumps(field.default)}" + "".join(f" or {json.dumps(other)}" for other in others))
+    return texts
+
+
 def test_the_documents_table_of_strategies_is_the_commands() -> None:
     """What a reader of docs/strategies.md is told is what the classes say."""
     lines = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8").splitlines()
     shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
     assert [[row[0].strip("`"), *row[1:5]] for row in shown] == strategy_rows()
-    for name, *_, searched in shown:
-        card = lookup(STRATEGIES, "strategy", name.strip("`")).card
+    for name, *_, options, searched in shown:
+        found = lookup(STRATEGIES, "strategy", name.strip("`"))
+        card = found.card
+        many = name == "`omnifm`"
+        assert options == ("[its page](configuration.md#strategiesomnifm)" if many else "; ".join(own_options(found.Options)))
         assert searched == "; ".join(f"`{k}` {', '.join(map(json.dumps, v))}" for k, v in card.search.items())
 
 
@@ -169,14 +186,7 @@ def environment(folder: Path) -> dict[str, str]:
 def start(folder: Path, *words: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "omnifm", *map(str, words)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=folder, env=environment(folder), stdout=pipe, stderr=pipe, text=True, preexec_fn=_as_from_a_terminal
-    )
-
-
-def _as_from_a_terminal() -> None:
-    """A shell's background job ignores Ctrl-C, and so would its children: the tests themselves may be one."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=pipe, stderr=pipe, text=True)
 
 
 def test_the_block_blocks(tmp_path: Path) -> None:
