@@ -1,5 +1,7 @@
 """FedAvgM, FedAdam, FedYogi: an optimiser at the server."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from omnifm.errors import ConfigError
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import ServerState
-from tests.support import HOSPITALS, Lab, Spy, differing, make_lab, spy
+from tests.support import HOSPITALS, Altered, Lab, Spy, differing, make_lab, spy
 
 RULES = ["fedavgm", "fedadam", "fedyogi"]
 ABSENT = [["a", "b"], ["c"], ["a", "d"], ["b", "c", "d"]]
@@ -152,3 +154,23 @@ def test_clients_are_fedavgs(tmp_path: Path) -> None:
         first.append({f"{r.client}:{n}": t for r in spy(lab).trained() for n, t in r.tensors.items()})
         assert all(not m.extra for m in spy(lab).messages()) and not any(lab.private(h.id) for h in HOSPITALS)
     assert all(differing(first[0], other) == [] for other in first[1:])
+
+
+def still(reply: Reply, start: dict[str, Any], name: str) -> Reply:
+    """Return a reply as of a client that trained without the tensor `name`, from the second round on."""
+    return replace(reply, tensors={**reply.tensors, name: start[name]}) if reply.kind == "train" and reply.round else reply
+
+
+@pytest.mark.parametrize("strategy", [*RULES, "feddyn"])
+def test_a_tensor_that_nobody_trains_stands_still_with_its_memory(strategy: str, tmp_path: Path) -> None:
+    """Momentum, or h / alpha, would carry a frozen part on."""
+    first = make_lab(tmp_path / "first", strategy, federation__rounds=1).run()
+    name = next(n for n in first.shared if n.endswith("weight"))
+    lab = make_lab(tmp_path / "all", strategy, federation__rounds=4)
+    lab.engine = Altered(lab.site, partial(still, start=dict(first.shared), name=name))
+    server = lab.run()
+    memory = {key for key in first.extra if key.endswith(name)}
+    assert memory and torch.equal(server.shared[name], first.shared[name])
+    assert all(torch.equal(server.extra[key], first.extra[key]) for key in memory)
+    others = {n for n in first.shared if n != name and n not in lab.strategy.buffers}
+    assert others <= set(differing(first.shared, server.shared))

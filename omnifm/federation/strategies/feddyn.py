@@ -13,6 +13,8 @@ client's share of the examples; here, as in the paper, it is the same for all. I
 private  g_i, as much as the model          traffic  FedAvg's
 server   h, as much as the model
 
+A tensor that no client of a round moved, being frozen, stays as it is, with its h: h / alpha would carry it on for ever.
+
 Clients count the same, however many examples they have. The rule is for parameters; buffers are FedAvg's, and weighed as in
 FedAvg. With AdamW the terms are rescaled like any other gradient.
 
@@ -56,6 +58,7 @@ class FedDyn(Strategy):
         paper="Acar et al., ICLR 2021", private="a linear term", server="a linear term", search={"alpha": (0.001, 0.01, 0.1, 1.0)}
     )
     Options: ClassVar[type[StrategyOptions]] = FedDynOptions
+    remembers_change: ClassVar[bool] = True
     options: FedDynOptions
 
     # ------------------------------------------------------------------ the client
@@ -109,6 +112,9 @@ class FedDyn(Strategy):
         for name, count in self._counts.items():
             share = count / self._holders(name)  # m / N
             moved = after[name] - self._started(server, name)
+            if not moved.any():
+                after[name] = server.shared[name]
+                continue
             known: Tensor | int = server.extra.get(SERVER + name, 0)
             server.extra[SERVER + name] = known - share * moved
             if self.options.scored == "server":
