@@ -27,6 +27,9 @@ SIZE = 12
 _RATES = (1 / 3, 1, 3)
 _MORE_DECAY = 10
 _WHERE = ("commit", "machine")
+_EVALUATION = "federation.evaluate_every"
+_LENGTH = ("seed", "federation.rounds", _EVALUATION)
+"""What a search sets for itself: its seed is another than a comparison's, and it may be shorter."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,23 @@ def plan(path: Path, strategies: Sequence[str], seed: int, overrides: Sequence[s
         ConfigError: a config is wrong, or nothing is asked for.
     """
     config = load(path, overrides)
-    once = f"federation.evaluate_every={config.federation.rounds}"
+    once = f"{_EVALUATION}={config.federation.rounds}"
     variants = [
-        Variant(name, f"{number:02d}", (*changes, once))
+        Variant(name, f"{number:02d}", (*_besides(overrides, changes), *changes, once))
         for name in strategies
         for number, changes in enumerate(grid(name, config))
     ]
     return plan_cells(path, variants, [seed], [], overrides)
+
+
+def _besides(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """Return what was set for all trials and belongs to what they chose: a strategy tuned with BatchNorm is compared with it."""
+    own = {_key(text) for text in (*changes, *_LENGTH)}
+    return [text for text in overrides if _key(text) not in own]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 def tune(cells: Sequence[Cell], out: Path, *, jobs: int = 1, show: Shown | None = None) -> list[Trial]:
@@ -132,7 +145,7 @@ def best(trials: Sequence[Trial]) -> dict[str, Trial]:
 
 def changes(trial: Trial) -> list[str]:
     """Return what the configuration sets."""
-    return [text for text in trial.cell.variant.overrides if not text.startswith("federation.evaluate_every=")]
+    return [text for text in trial.cell.variant.overrides if _key(text) != _EVALUATION]
 
 
 def _write(trials: Sequence[Trial], out: Path) -> None:

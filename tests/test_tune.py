@@ -137,3 +137,16 @@ def test_processes_give_the_same_trials(job: Path, tmp_path: Path) -> None:
 def test_every_strategys_search_can_be_planned() -> None:
     raw = {"federation": {"cohorts": [{"path": "nowhere"}]}}
     assert {len(grid(name, parse(raw))) for name in STRATEGIES} == {SIZE}
+
+
+def test_what_was_set_for_all_trials_is_compared_with_too(job: Path, tmp_path: Path) -> None:
+    """A strategy tuned with BatchNorm cannot be compared without; the length and the seed of the search are its own."""
+    given = ["model.norm='batch'", "federation.rounds=1", "optimiser.lr=0.01", "seed=9", "federation.local_epochs=2"]
+    tune(plan(job, ["fedbn"], 5, given)[:2], tmp_path)
+    (variant,) = read_variants(tmp_path / "tuned.toml")
+    assert variant.overrides[:2] == ("model.norm='batch'", "federation.local_epochs=2")
+    assert [text.partition("=")[0] for text in variant.overrides[2:]] == [
+        "optimiser.lr", "optimiser.weight_decay", "optimiser.schedule",
+    ]  # fmt: skip
+    (cell,) = plan_cells(job, [variant], [0], [], [])
+    assert cell.config.model.norm == "batch" and cell.config.federation.rounds == 2
