@@ -245,6 +245,11 @@ def check_compression(config: Config, strategy: Strategy, shared: Mapping[str, T
         raise ConfigError(
             f"{key}: strategy {config.strategy} judges clients number by number, and 'topk' leaves most numbers unchanged"
         )
+    if chosen.upload == "topk" and not chosen.error_feedback and strategy.remembers_change:
+        raise ConfigError(
+            f"{key}: a client of strategy {config.strategy} remembers its whole change, and the server would add up what 'topk' "
+            "leaves of it; set compression.error_feedback = true"
+        )
     if chosen.error_feedback and strategy.leaves_out:
         raise ConfigError(
             f"{key}: strategy {config.strategy} leaves out a part of what a client sends; set compression.error_feedback = false"

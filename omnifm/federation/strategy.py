@@ -83,6 +83,8 @@ class Strategy:
     """True: the server compares clients number by number, by sign or rank; numbers left as they were would mislead it."""
     leaves_out: ClassVar[bool] = False
     """True: of the tensors of a reply that counts, the server may leave some out."""
+    remembers_change: ClassVar[bool] = False
+    """True: client and server each add up the client's changes, and the sums must stay equal."""
     by_example: ClassVar[frozenset[str]] = frozenset()
     """Names of the client's hooks that it changes and that keep to single examples all the same: the penalty is a mean over a
     batch's examples, and what is sent besides goes through `LocalJob.release`."""

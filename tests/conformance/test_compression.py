@@ -268,3 +268,12 @@ def test_topk_without_error_feedback_never_lengthens_an_update(tmp_path: Path) -
     for tensors, start, sent in found:
         restored = lab.site._compression.restore(sent, start)
         assert update_norm(restored, start) < update_norm(tensors, start) == pytest.approx(0.05, rel=1e-4)
+
+
+def test_what_a_client_remembers_of_its_change_is_what_the_server_adds_up(tmp_path: Path) -> None:
+    """FedDyn's two sums would part for good where `topk` drops for good."""
+    lab = make_lab(tmp_path, "feddyn", **settings("topk", error_feedback=False))
+    with pytest.raises(ConfigError, match=r"^compression.upload: .*remembers its whole change.*error_feedback = true"):
+        build.make_schedule(lab.config, lab.site, list(lab.num_train))
+    assert allowed(make_lab(tmp_path, "feddyn", **settings("topk", error_feedback=True)))
+    assert allowed(make_lab(tmp_path, "fedavg", **settings("topk", error_feedback=False)))

@@ -8,6 +8,7 @@ Zhang et al., "GPFL: Simultaneously learning global and personalized feature inf
 ICCV 2023, and the authors' code. f: mean of the tokens r. g, p_i and e^t are those of the embeddings just received and stay for
 the round; the published code makes g and p_i of the embeddings before, and starts from zeros. The norm is over the batch, not
 squared. lam = 1e-4, mu = 0 as published for ResNet-18 (.01 and .1 for a small CNN); mu is a weight decay of CoV and GCE alone.
+It is a gradient, as in the published code, so under AdamW it is rescaled like any other and is no decoupled decay.
 
 private  the head
 traffic  C d + 2 (d^2 + 3 d) numbers each way, beside the backbone

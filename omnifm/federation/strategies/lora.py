@@ -66,6 +66,10 @@ class LoRA(Strategy):
     Options: ClassVar[type[StrategyOptions]] = LoRAOptions
     options: LoRAOptions
 
+    def unfit(self, *, by_example: bool) -> str:
+        """An adapted weight is computed anew from its factors, and Opacus finds no gradients of single examples through that."""
+        return "its low-rank factors" if by_example else ""
+
     def setup(self, model: Model) -> None:
         """Freeze the backbone and give every layer a change."""
         for change in add_changes(model, self.options.rank, self.options.alpha):
