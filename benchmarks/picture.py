@@ -31,12 +31,18 @@ Dots = Mapping[str, Mapping[float, Dot]]
 
 
 def dots(rows: Sequence[Row], score: str) -> Dots:
-    """Return the personal score by strategy and participation, over its seeds; the best mean of the first participation first."""
+    """Return the personal score by strategy and participation, over its seeds; the best mean of the first participation first.
+
+    A strategy with several variants has a line for each.
+    """
+    scored = [row for row in rows if row["status"] == "ok" and row.get(f"personal_{score}")]
+    variants: dict[str, set[str]] = {}
+    for row in scored:
+        variants.setdefault(row["strategy"], set()).add(row["variant"])
     found: dict[str, dict[float, list[float]]] = {}
-    for row in rows:
-        if row["status"] == "ok" and row.get(f"personal_{score}"):
-            levels = found.setdefault(row["strategy"], {})
-            levels.setdefault(float(row["participation"]), []).append(float(row[f"personal_{score}"]))
+    for row in scored:
+        name = f"{row['strategy']} {row['variant']}" if len(variants[row["strategy"]]) > 1 else row["strategy"]
+        found.setdefault(name, {}).setdefault(float(row["participation"]), []).append(float(row[f"personal_{score}"]))
     spread = {
         strategy: {level: Dot(min(v), statistics.mean(v), max(v)) for level, v in sorted(levels.items())}
         for strategy, levels in found.items()
@@ -82,7 +88,7 @@ def _axis(height: int) -> list[str]:
 
 
 def _line(strategy: str, own: Mapping[float, Dot], y: int, colours: Mapping[float, str]) -> list[str]:
-    weight = ' font-weight="bold"' if strategy == "omnifm" else ""
+    weight = ' font-weight="bold"' if strategy.split()[0] == "omnifm" else ""
     parts = [f'<text x="{_LEFT - 10}" y="{y + 4}" text-anchor="end"{weight}>{html.escape(strategy)}</text>']
     for level, dot in own.items():
         colour, low, high = colours[level], _x(dot.lowest), _x(dot.highest)
@@ -99,6 +105,8 @@ def main() -> None:
     found = dots(read_results(RESULTS / f"{name}.csv"), score)
     if not found:
         raise SystemExit(f"{RESULTS / name}.csv: no finished run in it")
+    if max(dot.highest for own in found.values() for dot in own.values()) > 1:
+        raise SystemExit(f"{name}: {score} is no share of 1, and the picture's axis ends there")
     path = ROOT / "docs" / "results" / f"{name}.svg"
     path.write_text(
         svg(found, f"{score} of each client's own model, test split; bars: from the lowest seed to the highest"), encoding="utf-8"

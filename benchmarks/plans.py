@@ -80,11 +80,26 @@ def _tuned(name: str) -> Callable[[], list[Variant]]:
     return lambda: read_variants(CONFIGS / f"{name}_tuned.toml")
 
 
+def _beside_fedavg(name: str) -> Callable[[], list[Variant]]:
+    """Return FedAvg as tuned with what some strategies have besides their rule: all clients of one weight, and BatchNorm."""
+
+    def variants() -> list[Variant]:
+        fedavg = next(v for v in _tuned(name)() if v.strategy == "fedavg")
+        besides = {"equal": "federation.weighting='equal'", "batch": "model.norm='batch'"}
+        return [Variant("fedavg", beside, (*fedavg.overrides, change)) for beside, change in besides.items()]
+
+    return variants
+
+
+# A length in the space of weights that was right for one optimiser and so many steps says nothing of another's.
+_LENGTHS = ("strategies.fedadam.server_step=", "strategies.fedyogi.server_step=", "strategies.clipped_mean.bound=")
+
+
 def _carried(name: str, *undefined: str) -> Callable[[], list[Variant]]:
     """Return the options that `omnifm tune` chose for strategies on one task, for a task with an optimiser of its own."""
 
     def kept(change: str) -> bool:
-        return change.startswith(("strategies.", "model.norm="))
+        return change.startswith(("strategies.", "model.norm=")) and not change.startswith(_LENGTHS)
 
     return lambda: [
         Variant(v.strategy, "carried", tuple(filter(kept, v.overrides))) for v in _tuned(name)() if v.strategy not in undefined
@@ -117,7 +132,9 @@ TABLES = {
     "classification_all": Table(
         {
             "p20": Part(_named("classification"), _tuned("classification"), 0.2),
+            "beside20": Part(_named("classification"), _beside_fedavg("classification"), 0.2),
             "p100": Part(_named("classification"), _tuned("classification"), 1.0),
+            "beside100": Part(_named("classification"), _beside_fedavg("classification"), 1.0),
         },
         ("accuracy",),
     ),

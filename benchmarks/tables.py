@@ -94,7 +94,8 @@ def markdown(rows: Sequence[Row], table: Table) -> str:
     for names, members in _groups(rows).items():
         cells = [_spread([row.get(column) or "" for row in members], table) for column in columns]
         cells += [_mean([row.get(column) or "" for row in members], unit) for column, unit in _COSTS.values()]
-        lines.append(f"| {' | '.join((*names, str(len(members)), *cells))} |")
+        scored = sum(row["status"] in ("ok", "reference") for row in members)
+        lines.append(f"| {' | '.join((*names, str(scored), *cells))} |")
     return "\n".join(lines)
 
 
