@@ -197,10 +197,16 @@ def build_task(data: TaskData) -> Task:
     return task
 
 
+def num_train(data: Data, task: Task) -> dict[str, int]:
+    """Return how many training examples every client has: slices, where rows are volumes and are here; else rows."""
+    here = {plan.id for plan in data.plans if data.cohorts[plan.cohort].here}
+    return {plan.id: len(task.client_data(plan.id).train if plan.id in here else plan.train) for plan in data.plans}
+
+
 def make_strategy(config: Config, data: Data, task: Task) -> Strategy:
     """Return the strategy of the run."""
     found, options = strategy_options(config)
-    clients = tuple(ClientInfo(plan.id, plan.modality, len(plan.train)) for plan in data.plans)
+    clients = tuple(ClientInfo(plan.id, plan.modality) for plan in data.plans)
     federation, buffers = config.federation, config.model.buffers
     budgeted = config.privacy.prototype_clip > 0
     facts = (buffers, task.one_label_space, federation.weighting, task.label_count, budgeted)
@@ -280,8 +286,11 @@ def make_schedule(config: Config, site: Site, clients: Sequence[str]) -> tuple[t
     """
     federation = config.federation
     schedule = draw_schedule(clients, federation.rounds, federation.participation, config.seed)
-    check_private(config, site.strategy, site.initial_shared(), schedule)
-    check_compression(config, site.strategy, site.initial_shared())
+    shared = site.initial_shared()
+    if site.strategy.averages and not shared:
+        raise ConfigError(f"strategy {config.strategy}: nothing that trains here is shared, so it would be strategy local")
+    check_private(config, site.strategy, shared, schedule)
+    check_compression(config, site.strategy, shared)
     return schedule
 
 
@@ -307,6 +316,7 @@ def make_federation(
         holds=strategy.holds,
         longest=longest_update(config.security, privacy),
         skips=skips,
+        counted=privacy.example_clip > 0 or privacy.prototype_clip > 0,
         noise=Noise(privacy, config.seed) if privacy.noise_multiplier else None,
         compression=Compression(config.compression, strategy.buffers),
     )

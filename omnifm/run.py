@@ -243,7 +243,7 @@ def _train(parts: _Parts, server: ServerState, completed: int) -> None:
         parts.strategy,
         parts.engine,
         schedule,
-        {p.id: len(p.train) for p in plans},
+        build.num_train(parts.data, parts.task),
         lambda state, done: _evaluate_validation(parts, state, done),
     )
     run_rounds(federation, server, completed, parts.recorder)
@@ -299,7 +299,7 @@ def _finish(parts: _Parts) -> dict[str, Any]:
 
 
 def _privacy(parts: _Parts) -> dict[str, Any]:
-    found = statement(parts.config, {p.id: len(p.train) for p in parts.data.plans}, parts.schedule, parts.strategy)
+    found = statement(parts.config, build.num_train(parts.data, parts.task), parts.schedule, parts.strategy)
     return {} if found is None else {"privacy": found}
 
 

@@ -322,7 +322,7 @@ def make_lab(
 
 def make_strategy(config: Config, hospitals: Sequence[Hospital], task: Task) -> Strategy:
     found, options = build.strategy_options(config)
-    infos = tuple(ClientInfo(h.id, h.modality, h.train) for h in hospitals)
+    infos = tuple(ClientInfo(h.id, h.modality) for h in hospitals)
     federation, buffers = config.federation, config.model.buffers
     budgeted = config.privacy.prototype_clip > 0
     facts = (buffers, task.one_label_space, federation.weighting, task.label_count, budgeted)

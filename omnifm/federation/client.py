@@ -20,7 +20,7 @@ from omnifm.federation.compression import Compression
 from omnifm.federation.effort import Effort, Phase, steps_of
 from omnifm.federation.example_level import ExampleLevel
 from omnifm.federation.messages import Reply, Request
-from omnifm.federation.pooled import JoinedSplit
+from omnifm.federation.pooled import JoinedSplit, order_of
 from omnifm.federation.release import Release
 from omnifm.federation.secure import Parties
 from omnifm.federation.state import LocalJob
@@ -275,11 +275,11 @@ class Site:
         if self._example is not None and job.training:
             return self._draws(self._example, job, effort)
         if not effort.steps:
-            return itertools.chain.from_iterable(self._epoch(job, epoch, effort.budget) for epoch in range(effort.epochs))
+            return itertools.chain.from_iterable(self._epoch(job, epoch, effort) for epoch in range(effort.epochs))
         per_epoch = len(job.data.train) if effort.budget is None else min(effort.budget, len(job.data.train))
         if self._has_batch_norm and min(per_epoch, self._config.optimiser.batch_size) == 1:
             return iter(())  # no epoch has a batch
-        epochs = (self._epoch(job, epoch, effort.budget) for epoch in itertools.count())
+        epochs = (self._epoch(job, epoch, effort) for epoch in itertools.count())
         return itertools.islice(itertools.chain.from_iterable(epochs), effort.steps)
 
     def _draws(self, example: ExampleLevel, job: LocalJob, effort: Effort) -> Iterator[Batch | None]:
@@ -290,11 +290,11 @@ class Site:
             batch = job.data.train.batch(index) if len(index) else None
             yield self.task.augment(batch, generator) if batch is not None and self._config.augmented else batch
 
-    def _epoch(self, job: LocalJob, epoch: int, budget: int | None) -> Iterator[Batch]:
+    def _epoch(self, job: LocalJob, epoch: int, effort: Effort) -> Iterator[Batch]:
         later = ("phase", job.phase) if job.phase else ()
         generator = seeds.generator(self._config.seed, "batches", job.round, job.client, epoch, *later)
-        order = torch.randperm(len(job.data.train), generator=generator)[:budget]
-        for index in order.split(self._config.optimiser.batch_size):
+        size = self._config.optimiser.batch_size
+        for index in order_of(job.data.train, effort, size, generator).split(size):
             # BatchNorm cannot train on one example; skipping it is what FL-bench does.
             if len(index) > 1 or not self._has_batch_norm:
                 batch = job.data.train.batch(index)

@@ -146,6 +146,14 @@ def check_upload(reply: Reply, round_index: int, sent: Mapping[str, Tensor], lon
         raise FederationError(f"{who}: an update of norm {norm:.4g}, at most {longest:g} are taken")
 
 
+def check_count(reply: Reply, round_index: int, known: int) -> None:
+    """Raise FederationError if a client trains on another number of examples than is known: a volume is one row, and has many."""
+    if reply.num_examples != known:
+        raise FederationError(
+            f"{label(reply, round_index)}: trains on {reply.num_examples} examples, {known} are known of; epsilon would be wrong"
+        )
+
+
 def check_extra(reply: Reply, round_index: int, strategy: Strategy, server: ServerState) -> None:
     """Let the strategy judge what a client sent beside its shared tensors. Raises FederationError naming client and round."""
     try:

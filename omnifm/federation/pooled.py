@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from omnifm.errors import FederationError
+from omnifm.federation.effort import Effort
 from omnifm.metrics.base import NOTHING
 from omnifm.tasks.base import Batch, Split
 
@@ -33,6 +34,30 @@ class JoinedSplit:
             pieces.append(self.parts[number].batch(index[place] - int(starts[number])))
             places.append(place)
         return _joined(pieces, torch.cat(places).argsort())
+
+    def in_equal_shares(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return `count` places in random order, as many of each part to within one; a part that is used up begins anew."""
+        starts = np.cumsum([0, *(len(part) for part in self.parts)])
+        full = [number for number, part in enumerate(self.parts) if len(part)]
+        # Whose share is one larger is drawn too.
+        dealt = torch.randperm(len(full), generator=generator)[torch.arange(count) % len(full)]
+        turns = dealt[torch.randperm(count, generator=generator)]
+        places = torch.empty(count, dtype=torch.int64)
+        for turn, number in enumerate(full):
+            mine, size = (turns == turn).nonzero().flatten(), len(self.parts[number])
+            passes = [torch.randperm(size, generator=generator) for _ in range(-(-len(mine) // size))]
+            places[mine] = int(starts[number]) + torch.cat([*passes, torch.empty(0, dtype=torch.int64)])[: len(mine)]
+        return places
+
+
+def order_of(split: Split, effort: Effort, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Return which examples a pass shows, in its order: each once, or as many as the effort's budget.
+
+    Where clients take a number of steps, small and large ones alike, the pooled client's examples are shared out alike too.
+    """
+    if effort.steps and isinstance(split, JoinedSplit):
+        return split.in_equal_shares(effort.steps * batch_size, generator)
+    return torch.randperm(len(split), generator=generator)[: effort.budget]
 
 
 def _joined(pieces: Sequence[Batch], order: Tensor) -> Batch:

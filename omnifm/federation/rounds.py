@@ -53,11 +53,12 @@ class Federation:
         engine: carries requests.
         schedule: client ids of each round.
         config: rounds, epochs, evaluation.
-        num_train: training examples by client.
+        num_train: training examples by client, as far as the server knows.
         evaluate: called with (server, rounds completed) when an evaluation is due.
         holds: names of the tensors that a client has; a client that is not here has all of them.
         longest: largest norm of a client's update; 0: any.
         skips: whether a round goes on without a client whose reply is refused; otherwise the run ends.
+        counted: whether a statement of privacy rests on `num_train`, so that a client with another number is refused.
         noise: what is added to the mean; None: nothing.
         compression: how clients make what they upload smaller.
     """
@@ -71,6 +72,7 @@ class Federation:
     holds: Mapping[str, frozenset[str]] = field(default_factory=dict)
     longest: float = 0.0
     skips: bool = False
+    counted: bool = False
     noise: Noise | None = None
     compression: Compression = field(default_factory=lambda: Compression(CompressionConfig()))
 
@@ -181,6 +183,8 @@ def _accepted(federation: Federation, server: ServerState, index: int, reply: Re
     if compression.on:
         reply = guard.restored(reply, index, sent, compression)
     guard.check_upload(reply, index, sent, longest)
+    if federation.counted:
+        guard.check_count(reply, index, federation.num_train[reply.client])
     guard.check_extra(reply, index, federation.strategy, server)
     return reply
 

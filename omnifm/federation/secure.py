@@ -86,6 +86,10 @@ class Parties:
         try:
             scale = float(request.settings["secagg"]["scale"])
             share = self._weight(reply.num_examples) / scale
+            if share > 1:
+                raise FederationError(
+                    "it has more training examples than the server knows of; set federation.weighting = 'equal'"
+                )
             vector = flat(reply.tensors, request.tensors) * share
             masked = self._client(request).mask(unpack(request.extra), vector)
         except (FederationError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:

@@ -17,7 +17,6 @@ class ClientInfo:
 
     id: str
     modality: str
-    num_train: int
 
 
 @dataclass(frozen=True)

@@ -165,3 +165,16 @@ def test_nonces_differ_and_are_long() -> None:
     post = guard.Post()
     nonces = {post.send(Request("train", 0, "a")).nonce for _ in range(50)}
     assert len(nonces) == 50 and {len(n) for n in nonces} == {32}
+
+
+def test_where_epsilon_rests_on_their_number_a_client_has_the_examples_that_are_known_of(tmp_path: Path) -> None:
+    private = {"privacy__example_clip": 1.0, "privacy__example_noise": 1.0, "privacy__noise": "seeded"}
+    pytest.importorskip("opacus")
+    more = partial(bend, change=lambda r: replace(r, num_examples=r.num_examples + 1))
+    lab = make_lab(tmp_path / "private", "fedavg", **private)
+    lab.engine = Altered(lab.site, more)
+    with pytest.raises(FederationError, match=r"^client d, round 1: trains on (\d+) examples, (\d+) are known of; epsilon would"):
+        lab.run()
+    open_run = make_lab(tmp_path / "open", "fedavg")
+    open_run.engine = Altered(open_run.site, more)
+    open_run.run()

@@ -149,7 +149,7 @@ def test_before_the_first_round_everybody_gets_the_same_model(tmp_path: Path) ->
 
 
 def formed(signatures: dict[str, torch.Tensor], **values: Any) -> ServerState:
-    context = Context(tuple(ClientInfo(c, "CT", 5) for c in signatures), 0, 2)
+    context = Context(tuple(ClientInfo(c, "CT") for c in signatures), 0, 2)
     server = ServerState({"w": torch.zeros(2)})
     Neighbourhoods(NeighbourhoodOptions(neighbourhood_band=2, **values), context).form(server, signatures)
     return server

@@ -1,5 +1,7 @@
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omnifm.errors import FederationError
-from omnifm.federation.pooled import JoinedSplit
+from omnifm.federation.effort import Effort
+from omnifm.federation.pooled import JoinedSplit, order_of
+from omnifm.seeds import generator
 from omnifm.tasks.base import Batch, Inputs
-from tests.support import MemorySplit
+from tests.support import HOSPITALS, MemorySplit, make_lab
 
 
 def make_split(start: int, count: int) -> MemorySplit:
@@ -65,3 +69,49 @@ def test_what_cannot_be_one_batch_is_refused() -> None:
     asked = RichSplit(torch.zeros(2, 1, 2, 2), {"question": torch.zeros(2)})
     with pytest.raises(FederationError, match="cannot be pooled"):
         JoinedSplit([asked, small]).batch(torch.tensor([0, 2]))
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any), st.integers(0, 40), st.integers(0, 9))
+def test_equal_shares_are_equal_and_go_round(sizes: list[int], count: int, seed: int) -> None:
+    """Whoever holds anything is drawn as often as any other to within one, and so is every example of his."""
+    joined = JoinedSplit([make_split(0, n) for n in sizes])
+    drawn = joined.in_equal_shares(count, generator(seed, "draw"))
+    assert len(drawn) == count
+    owner = [k for k, size in enumerate(sizes) for _ in range(size)]
+    owners = Counter(owner[k] for k in drawn.tolist())
+    shares = [owners[k] for k, size in enumerate(sizes) if size]
+    assert sum(shares) == count and max(shares) - min(shares) <= 1
+    examples = Counter(drawn.tolist())
+    for part in {owner[k] for k in drawn.tolist()}:
+        own = [examples[k] for k, whose in enumerate(owner) if whose == part]
+        assert max(own) - min(own) <= 1
+    if count > 20:
+        assert not torch.equal(drawn, joined.in_equal_shares(count, generator(seed + 1, "draw"))) or sum(sizes) == 1
+
+
+def test_only_a_number_of_steps_on_pooled_examples_is_shared_out() -> None:
+    pooled, own = JoinedSplit([make_split(0, 30), make_split(30, 2)]), make_split(0, 32)
+    steps, epoch = Effort(1, budget=16, steps=4), Effort(1, budget=16)
+    for split, effort in ((pooled, epoch), (own, epoch), (own, steps)):
+        found = order_of(split, effort, 4, generator(0, "draw"))
+        assert torch.equal(found, torch.randperm(32, generator=generator(0, "draw"))[:16])
+    assert int((order_of(pooled, steps, 4, generator(0, "draw")) >= 30).sum()) == 8
+
+
+def test_with_local_steps_pooled_examples_come_from_all_clients_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do where every client takes as many steps as any other."""
+    lab = make_lab(tmp_path, "centralised", federation__local_steps=6, federation__rounds=3)
+    drawn: list[int] = []
+    batch = JoinedSplit.batch
+
+    def note(self: JoinedSplit, index: Tensor) -> Batch:
+        ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+        drawn.extend(torch.searchsorted(ends, index, right=True).tolist())
+        return batch(self, index)
+
+    monkeypatch.setattr(JoinedSplit, "batch", note)
+    lab.run()
+    counts = Counter(drawn)
+    assert sum(counts.values()) == 3 * 6 * 4 * lab.config.optimiser.batch_size, "as many as four clients take in as many steps"
+    assert len(counts) == len(HOSPITALS) and max(counts.values()) - min(counts.values()) <= 3
+    assert len(set(lab.num_train.values())) > 1

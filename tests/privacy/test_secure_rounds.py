@@ -16,6 +16,7 @@ from omnifm import build
 from omnifm.errors import ConfigError, FederationError
 from omnifm.federation import secure
 from omnifm.federation.messages import Reply, Request
+from omnifm.federation.rounds import run_rounds
 from omnifm.federation.secure import SecureEngine
 from omnifm.federation.strategy import Strategy
 from tests.support import Altered, Lab, Spy, Wire, make_lab, spy
@@ -230,3 +231,13 @@ def test_tables_of_bytes_survive_and_others_are_refused() -> None:
     for extra in bad:
         with pytest.raises(FederationError, match="a table of secure aggregation is malformed"):
             secure.unpack(extra)
+
+
+def test_a_client_with_more_examples_than_the_server_knows_of_says_so(tmp_path: Path) -> None:
+    """Its share would be above 1, and be cut off where the range ends."""
+    lab = lab_of(tmp_path / "few", **SECURE)
+    few = dict.fromkeys(lab.num_train, 2)
+    federation = build.make_federation(lab.config, lab.strategy, lab.engine, lab.schedule, few, lambda state, done: None)
+    with pytest.raises(FederationError, match=r"more training examples than the server knows of; set federation.weighting"):
+        run_rounds(federation, lab.start(), 0, lab)
+    lab_of(tmp_path / "equal", federation__weighting="equal", **SECURE).run()

@@ -1,7 +1,8 @@
 """Centralised: one model trained on everybody's images in one place. What a federation would have if privacy were no matter.
 
 In a round it sees as many examples as the sampled clients would have seen, drawn at random from all of them, with the same
-optimiser and learning rates: the budget of the other strategies, without their order.
+optimiser and learning rates: the budget of the other strategies, without their order. With `federation.local_steps` every
+client has the same share of it, as it has of the others' steps, however many examples it holds.
 """
 
 from typing import ClassVar
