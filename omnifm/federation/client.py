@@ -219,7 +219,7 @@ class Site:
 
     def _install(self, request: Request) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Put shared and private tensors into the model; return the strategy's private tensors, and the residual."""
-        saved = self._store.load(request.client, request.round)
+        saved = self._store.load(request.client, request.round, request.settings.get("void", ()))
         private = {name: tensor for name, tensor in saved.items() if not name.startswith((STATE, RESIDUAL))}
         missing = set(self._of(request.client, self.sharing.shared)) - set(request.tensors)
         if missing:
@@ -240,7 +240,8 @@ class Site:
         private |= {RESIDUAL + name: tensor for name, tensor in residual.items()}
         if private:
             _require_finite(private, request, "a private tensor is not finite after training (lower optimiser.lr?)")
-            self._store.save(request.client, request.round, private, keep=request.settings.get("keep", ()))
+            asked = request.settings
+            self._store.save(request.client, request.round, private, asked.get("keep", ()), asked.get("void", ()))
 
     def _job(self, request: Request, state: dict[str, Tensor], lr: float = 0.0, *, training: bool = True) -> LocalJob:
         return LocalJob(

@@ -91,7 +91,7 @@ class Evaluator:
                 client,
                 held(self._tensors(server, client, view), self._holds.get(client)),
                 self._strategy.extra_for_prediction(server, client),
-                settings,
+                {**settings, **server.told(client)},
             )
             for client in clients
         )

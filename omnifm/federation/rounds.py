@@ -136,6 +136,7 @@ def _round(federation: Federation, server: ServerState, index: int, recorder: Re
     if federation.noise:
         strategy.blur(federation.noise.offsets(server.shared, index, len(losses)))
     facts = strategy.end_round(server, index)
+    server.settle(() if strategy.pooled else sampled, losses, index)
     if missing:
         facts["missing"] = missing
     if strategy.tolerates_nonfinite or federation.skips:
@@ -159,7 +160,8 @@ def _requests(federation: Federation, server: ServerState, index: int, post: gua
         clients = (POOLED,)
     for client in clients:
         sent = _sent(federation, server, client)
-        yield post.send(Request("train", index, client, sent, strategy.extra_for(server, client), settings))
+        extra = strategy.extra_for(server, client)
+        yield post.send(Request("train", index, client, sent, extra, {**settings, **server.told(client)}))
 
 
 def _sent(federation: Federation, server: ServerState, client: str) -> Mapping[str, Tensor]:

@@ -1,6 +1,6 @@
 """What is remembered: by the server between rounds, by a client between its rounds, and what never changes during a run."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,24 @@ class ServerState:
     shared: dict[str, Tensor]
     extra: dict[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def settle(self, asked: Iterable[str], counted: Collection[str], round_index: int) -> None:
+        """Remember for whom of those `asked` a round did not count: refused, or late."""
+        void: dict[str, list[int]] = self.meta.get("void", {})
+        for client in asked:
+            if client in counted:
+                void.pop(client, None)  # it was told so, and what it keeps now is of this round
+            else:
+                void.setdefault(client, []).append(round_index)
+        if void:
+            self.meta["void"] = void
+        else:
+            self.meta.pop("void", None)
+
+    def told(self, client: str) -> dict[str, Any]:
+        """Return what a request tells a client of rounds that did not count, as a setting; empty: nothing."""
+        void = self.meta.get("void", {}).get(client)
+        return {"void": void} if void else {}
 
 
 @dataclass

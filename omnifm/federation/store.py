@@ -2,7 +2,8 @@
 
 The state a client has after its training in round r is version r + 1. A request of round r is answered from the newest
 version that is at most r. A server that was killed and asks for round r again therefore gets the state from before r,
-whatever was written in the meantime.
+whatever was written in the meantime. Of rounds that did not count (the reply was refused, or late) the client hears with its
+next request; their versions are passed over, so that client and server remember the same rounds.
 """
 
 import os
@@ -65,17 +66,30 @@ class ClientStore:
         """Return the clients that have a folder here, sorted."""
         return sorted(p.name for p in self._folder.iterdir() if p.is_dir()) if self._folder.is_dir() else []
 
-    def path_at(self, client: str, round_index: int) -> Path | None:
-        """Return the file with the client's state before round `round_index`; None if it never trained before."""
-        past = [version for version in self.versions(client) if version <= round_index]
+    def path_at(self, client: str, round_index: int, void: Collection[int] = ()) -> Path | None:
+        """Return the file with the client's state before round `round_index`; None if it never trained before.
+
+        Args:
+            client: whose state.
+            round_index: the round.
+            void: rounds that did not count.
+        """
+        past = [version for version in self.versions(client) if version <= round_index and version - 1 not in void]
         return self._path(client, past[-1]) if past else None
 
-    def load(self, client: str, round_index: int) -> dict[str, Tensor]:
-        """Return the client's state before round `round_index`; empty if it never trained before."""
-        path = self.path_at(client, round_index)
+    def load(self, client: str, round_index: int, void: Collection[int] = ()) -> dict[str, Tensor]:
+        """Return the client's state before round `round_index`, without `void` ones; empty if it never trained before."""
+        path = self.path_at(client, round_index, void)
         return read_tensors(path) if path else {}
 
-    def save(self, client: str, round_index: int, tensors: Mapping[str, Tensor], keep: Collection[int] = ()) -> None:
+    def save(
+        self,
+        client: str,
+        round_index: int,
+        tensors: Mapping[str, Tensor],
+        keep: Collection[int] = (),
+        void: Collection[int] = (),
+    ) -> None:
         """Write the state after round `round_index`, then delete versions that nobody can ask for any more.
 
         Args:
@@ -83,12 +97,13 @@ class ClientStore:
             round_index: the round just trained.
             tensors: the whole private state.
             keep: further points in time (in completed rounds) whose state must survive, e.g. the best round.
+            void: rounds that did not count, whose versions may go.
         """
         write_tensors(self._path(client, round_index + 1), tensors)
         versions = self.versions(client)
         needed = {round_index + 1}
         for moment in (round_index, *keep):
-            needed |= set([v for v in versions if v <= moment][-1:])
+            needed |= set([v for v in versions if v <= moment and v - 1 not in void][-1:])
         for version in versions:
             if version not in needed and version <= round_index + 1:
                 self._path(client, version).unlink()

@@ -53,7 +53,7 @@ class Checkpoint:
         tensors = {_SHARED + n: t for n, t in server.shared.items()} | {_EXTRA + n: t for n, t in server.extra.items()}
         # Tensors may share memory (a neighbourhood that still equals the global model); safetensors wants them apart.
         write_tensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, {"meta": json.dumps(server.meta)})
-        clients = self._client_files(completed)
+        clients = self._client_files(server, completed)
         named = {"file": path.name, "sha256": _sha256(path), "clients": clients}
         write_json(self.folder / "last.json", {"rounds_completed": completed, **named, "meta": server.meta, **facts})
         self._prune()
@@ -81,10 +81,10 @@ class Checkpoint:
         extra = {n.removeprefix(_EXTRA): t for n, t in tensors.items() if n.startswith(_EXTRA)}
         return ServerState(shared, extra, record["meta"]), record
 
-    def _client_files(self, completed: int) -> dict[str, str]:
+    def _client_files(self, server: ServerState, completed: int) -> dict[str, str]:
         """Return the SHA-256 of the private state each client has at this moment, by file; only new files are read."""
         store = ClientStore(self.clients)
-        paths = [path for client in store.clients() if (path := store.path_at(client, completed))]
+        paths = [path for c in store.clients() if (path := store.path_at(c, completed, server.told(c).get("void", ())))]
         names = {f"{path.parent.name}/{path.name}": path for path in paths}
         self._digests = {name: self._digests.get(name) or _sha256(path) for name, path in names.items()}
         return self._digests

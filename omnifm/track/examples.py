@@ -45,7 +45,7 @@ def save_examples(folder: Path, site: Site, strategy: Strategy, server: ServerSt
         generator = seeds.generator(strategy.context.seed, "examples", client.id)
         index = torch.randperm(count, generator=generator)[:_PER_CLIENT]
         tensors, extra = strategy.shared_for(server, client.id), strategy.extra_for_prediction(server, client.id)
-        prediction, batch = site.predict(Request("evaluate", completed, client.id, tensors, extra), index)
+        prediction, batch = site.predict(Request("evaluate", completed, client.id, tensors, extra, server.told(client.id)), index)
         for place in range(len(index)):
             picture = site.task.picture(prediction, batch, place)
             name = f"{client.id}-{place}.png"

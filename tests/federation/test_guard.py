@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from omnifm import build
 from omnifm.errors import FederationError
 from omnifm.federation import guard
 from omnifm.federation.aggregation import update_norm
@@ -178,3 +179,27 @@ def test_where_epsilon_rests_on_their_number_a_client_has_the_examples_that_are_
     open_run = make_lab(tmp_path / "open", "fedavg")
     open_run.engine = Altered(open_run.site, more)
     open_run.run()
+
+
+@pytest.mark.parametrize("strategy", sorted(build.STRATEGIES))
+def test_a_round_that_did_not_count_leaves_no_trace_at_its_client(strategy: str, tmp_path: Path) -> None:
+    """Client and server remember the same rounds: all is as if the client had not been asked, through a kill too."""
+    if build.lookup(build.STRATEGIES, "strategy", strategy).pooled:
+        assert strategy == "centralised"
+        return
+    everybody = ("a", "b", "c", "d")
+    bad = lab_of(tmp_path / "bad", strategy, checkpoint=True, schedule=[everybody] * 3, federation__rounds=3, **SKIP)
+    bad.engine = Altered(bad.site, partial(bend, change=lambda r: replace(r, metrics={**r.metrics, "loss": True})))
+    bad.schedule = bad.schedule[:2]
+    half = bad.run()
+    assert "loss is missing" in next(e["discarded"] for e in bad.events if e["event"] == "client" and "discarded" in e)
+    assert half.meta["void"] == {"d": [1]}
+    asked = lab_of(tmp_path / "alone", strategy, schedule=[everybody, everybody[:3], everybody], federation__rounds=3, **SKIP)
+    asked.schedule = asked.schedule[:2]
+    expected = asked.run()
+    assert bad.evaluate(half) == asked.evaluate(expected), "what is scored has not seen the round either"
+    assert bad.checkpoint is not None
+    again = lab_of(tmp_path / "bad", strategy, checkpoint=True, schedule=[everybody] * 3, federation__rounds=3, **SKIP)
+    asked.schedule = again.schedule
+    found, expected = again.run(bad.checkpoint.load()[0], 2), asked.run(expected, 2)
+    assert differing(again.snapshot(found), asked.snapshot(expected)) == [] and found.meta == expected.meta

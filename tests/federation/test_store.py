@@ -86,3 +86,15 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path: Path, monkeypatch
     with pytest.raises(CheckpointError, match=r"x\.safetensors: cannot be written .*no space"):
         write_tensors(path, value(2.0))
     assert float(read_tensors(path)["w"]) == 1.0
+
+
+def test_versions_of_rounds_that_did_not_count_are_passed_over(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    store.save("c", 0, value(1.0))
+    store.save("c", 3, value(9.0))
+    assert float(store.load("c", 5, void=[3])["w"]) == 1.0 and held(store, 5) == 9.0
+    assert store.load("c", 5, void=[0, 3]) == {}
+    # A server that was killed before it knew that the next one counts asks again, and still gets what was before both.
+    store.save("c", 5, value(2.0), void=[3])
+    assert store.versions("c") == [1, 6] and held(store, 6) == 2.0
+    assert float(store.load("c", 5, void=[3])["w"]) == 1.0
