@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,44 @@ def changes(trial: Trial) -> list[str]:
     return [text for text in trial.cell.variant.overrides if _key(text) != _EVALUATION]
 
 
+def remarks(trials: Sequence[Trial]) -> dict[str, list[str]]:
+    """Return, by strategy, what a reader of its search should know: where the best value is the last one tried, and what made no
+    difference. Strategies with a trial that has no score are left out.
+    """
+    found: dict[str, list[str]] = {}
+    for name, chosen in best(trials).items():
+        own = [trial for trial in trials if trial.cell.variant.strategy == name]
+        if all(trial.score is not None for trial in own):
+            found[name] = _remarks(own, chosen)
+    return found
+
+
+def _remarks(own: Sequence[Trial], chosen: Trial) -> list[str]:
+    settings = [dict(text.split("=", 1) for text in changes(trial)) for trial in own]
+    said = []
+    for key, value in dict(text.split("=", 1) for text in changes(chosen)).items():
+        tried = {values[key] for values in settings}
+        if len(tried) == 1:
+            continue
+        scores: dict[tuple[str, ...], set[float | None]] = {}
+        for values, trial in zip(settings, own, strict=True):
+            others = tuple(text for other, text in values.items() if other != key)
+            scores.setdefault(others, set()).add(trial.score)
+        if all(len(group) == 1 for group in scores.values()):
+            said.append(f"{key} makes no difference here: all {len(tried)} values score alike")
+        elif edge := _edge(value, tried):
+            said.append(f"{key} = {value} is the {edge} tried: there may be better ones")
+    return said
+
+
+def _edge(value: str, tried: Collection[str]) -> str:
+    """Return whether a number is the `lowest` or `highest` of three or more tried; empty: neither, or no number."""
+    numbers = sorted(number for text in tried if type(number := json.loads(text)) in (int, float))
+    if len(numbers) < 3 or json.loads(value) not in (numbers[0], numbers[-1]):
+        return ""
+    return "lowest" if json.loads(value) == numbers[0] else "highest"
+
+
 def _write(trials: Sequence[Trial], out: Path) -> None:
     chosen = best(trials)
     text = io.StringIO()
@@ -164,5 +202,10 @@ def _write(trials: Sequence[Trial], out: Path) -> None:
         row = (trial.cell.name, name, " ".join(changes(trial)), *facts, trial is chosen.get(name))
         writer.writerow((*row, *(where[key] for key in _WHERE)))
     write_text(out / "trials.csv", text.getvalue())
-    tables = [f"[{name}-tuned]\nstrategy = {json.dumps(name)}\nset = {json.dumps(changes(t))}\n" for name, t in chosen.items()]
+    said = remarks(trials)
+    tables = [
+        "".join(f"# {remark}\n" for remark in said.get(name, ()))
+        + f"[{name}-tuned]\nstrategy = {json.dumps(name)}\nset = {json.dumps(changes(t))}\n"
+        for name, t in chosen.items()
+    ]
     write_text(out / "tuned.toml", "\n".join(tables))

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from omnifm.compare import Cell, plan_cells, read_variants
 from omnifm.config import load, parse
 from omnifm.errors import ConfigError, FederationError
 from omnifm.federation.evaluation import Evaluator
-from omnifm.tune import SIZE, best, changes, grid, plan, tune
+from omnifm.tune import SIZE, best, changes, grid, plan, remarks, tune
 from tests.run import jobs
 
 RATES = ("0.02", "0.00667", "0.06")
@@ -150,3 +151,28 @@ def test_what_was_set_for_all_trials_is_compared_with_too(job: Path, tmp_path: P
     ]  # fmt: skip
     (cell,) = plan_cells(job, [variant], [0], [], [])
     assert cell.config.model.norm == "batch" and cell.config.federation.rounds == 2
+
+
+def test_a_reader_is_told_of_edges_and_of_what_makes_no_difference(job: Path, tmp_path: Path) -> None:
+    cells = plan(job, ["trimmed_mean"], 5, [])
+    rates = {0.00667: 0.5, 0.02: 0.4, 0.06: 0.3}
+
+    def trials(score: Callable[[Cell], float | None]) -> list[omnifm.tune.Trial]:
+        return [omnifm.tune.Trial(cell, "ok", score(cell), 0.0) for cell in cells]
+
+    alike = trials(lambda cell: rates[cell.config.optimiser.lr])
+    low = "optimiser.lr = 0.00667 is the lowest tried: there may be better ones"
+    same = "strategies.trimmed_mean.beta makes no difference here: all 4 values score alike"
+    assert remarks(alike) == {"trimmed_mean": [same, low]}
+    omnifm.tune._write(alike, tmp_path)
+    assert (tmp_path / "tuned.toml").read_text().startswith(f"# {same}\n# {low}\n[trimmed_mean-tuned]\n")
+    assert len(read_variants(tmp_path / "tuned.toml")) == 1
+    middle = trials(
+        lambda cell: -abs(cell.config.optimiser.lr - 0.02) - abs(cell.config.strategies["trimmed_mean"]["beta"] - 0.2)
+    )
+    assert remarks(middle) == {"trimmed_mean": []}
+    high = trials(lambda cell: -abs(cell.config.optimiser.lr - 0.02) + cell.config.strategies["trimmed_mean"]["beta"])
+    assert remarks(high) == {
+        "trimmed_mean": ["strategies.trimmed_mean.beta = 0.4 is the highest tried: there may be better ones"]
+    }
+    assert remarks([*alike[:-1], omnifm.tune.Trial(cells[-1], "ended", None, 0.0)]) == {}, "not all of it was seen"

@@ -28,7 +28,7 @@ def tune(
     """Search 12 configurations of each strategy on the validation split. Skips finished ones; sees no test image."""
     from omnifm.cli.progress import cells_bar
     from omnifm.errors import ConfigError
-    from omnifm.tune import plan
+    from omnifm.tune import plan, remarks
     from omnifm.tune import tune as search
 
     names = parts(strategies, str, "--strategies")
@@ -39,6 +39,9 @@ def tune(
     with cells_bar(len(cells)) as show:
         trials = search(cells, out, jobs=jobs, show=show)
     _print_best(trials)
+    for name, said in remarks(trials).items():
+        for remark in said:
+            typer.echo(f"{name}: {remark}")
     typer.echo(f"trials: {out / 'trials.csv'}\nchosen: {out / 'tuned.toml'}, for omnifm compare {config} --variants")
     if without := [name for name in names if all(t.score is None for t in trials if t.cell.variant.strategy == name)]:
         reason = next(t.status for t in trials if t.cell.variant.strategy == without[0])
