@@ -129,7 +129,7 @@ def make_site(job: Job, folder: Path) -> Site:
     """Build a site, here or in a worker process."""
     torch.set_num_threads(1)
     clients = tuple(job.client(number) for number in range(job.clients))
-    context = Context(tuple(ClientInfo(client, "CT", job.examples) for client in clients), job.seed, job.rounds)
+    context = Context(tuple(ClientInfo(client, "CT") for client in clients), job.seed, job.rounds)
     task = JobTask(job)
     return Site(
         lambda: Model(backbone := task.backbone(), task.head(backbone.token_dim)),

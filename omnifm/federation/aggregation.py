@@ -73,3 +73,9 @@ def shortened(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], bound:
         n: start[n].double().lerp(t.double(), bound / norm).to(t.dtype) if t.is_floating_point() else t
         for n, t in tensors.items()
     }
+
+
+def trained(changes: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a round's mean changes without those of tensors that stood still while others moved: they were frozen in it."""
+    moved = {name: change for name, change in changes.items() if change.any()}
+    return moved or changes

@@ -5,13 +5,14 @@
 Reddi et al., "Adaptive federated optimization", ICLR 2021, Algorithms 1 and 2. p_i is FedAvg's weight. Parameters alone are moved
 by the rule: a running variance that an adaptive step has moved may be negative, so buffers are FedAvg's mean, or maximum. The
 memory of the optimiser is in the server's state by tensor; of a tensor that no client of a round holds, it stays as it is. So
-does a tensor that no client moved, being frozen in this round, and its memory: momentum would carry it on.
+does a tensor that no client moved while others were moved, being frozen in this round: momentum would carry it on.
 """
 
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from omnifm.federation.aggregation import trained
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy
 
@@ -35,11 +36,9 @@ class FedOpt(Strategy):
         """Move the parameters by the rule, the rest to the mean."""
         del round_index
         after = self._mean.value()
-        for name in sorted(after.keys() - self.buffers):
+        changes = {name: after[name] - server.shared[name] for name in sorted(after.keys() - self.buffers)}
+        for name, change in trained(changes).items():
             keys = [f"{type(self).__name__.lower()}/{what}/{name}" for what in self._memory]
-            change = after[name] - server.shared[name]
-            if not change.any():
-                continue
             known = keys[0] in server.extra
             memory = tuple(server.extra[key] for key in keys) if known else self._start(change)
             after[name], *kept = self._step(after[name], change, memory)

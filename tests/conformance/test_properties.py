@@ -1,5 +1,6 @@
 """What every strategy of `build.STRATEGIES` must do; a new one is held to it the day it is in the table."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,12 +78,12 @@ class PrivateValues:
         initial = {name: t.clone() for name, t in lab.site.model.state_dict().items()}
         save = lab.store.save
 
-        def listen(client: str, round_index: int, tensors: dict[str, Tensor], keep: tuple[int, ...] = ()) -> None:
+        def listen(client: str, round_index: int, tensors: dict[str, Tensor], *rounds: Sequence[int]) -> None:
             for name in private & tensors.keys():
                 # What nothing has trained yet is no secret: every site builds it from the seed. Single counters are everywhere.
                 if tensors[name].numel() > 1 and not torch.equal(tensors[name], initial[name]):
                     self.seen[tensors[name].numpy().tobytes()] = name
-            save(client, round_index, tensors, keep)
+            save(client, round_index, tensors, *rounds)
 
         lab.store.save = listen  # type: ignore[method-assign, assignment]
 

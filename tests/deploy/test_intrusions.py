@@ -138,7 +138,7 @@ def prepare(folder: Path, data: Path) -> tuple[Siege, Server]:
         "participation": 1.0,
         "finetune_epochs": 0,
         "min_replies": 1,
-        "deadline": 1.0,
+        "deadline": 8.0,  # long enough for the false reply, which is waited for no longer than any other
     }
     config = jobs.config(data, "fedavg", federation=federation)
     siege = Siege(folder, data, free_port())

@@ -313,21 +313,6 @@ def test_only_what_is_trained_travels(folder: Path, tune: str, travels: set[str]
     assert kinds == travels
 
 
-def test_an_average_of_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
-    """Where all that trains is the head, a strategy that keeps the head has nothing to average and would be `local`."""
-    for tune, strategy, refused in (("F-C", "fedper", True), ("F-C", "fedavg", False), ("F-CL", "fedper", False)):
-        config = parse(raw_config(folder, strategy, model="llava", llava={"tune": tune}))
-        data = load_data(config)
-        site = build.make_site(config, tmp_path / f"{tune}-{strategy}", data)
-        assert bool(site.initial_shared()) != refused
-        clients = [plan.id for plan in data.plans]
-        if refused:
-            with pytest.raises(ConfigError, match="strategy fedper: nothing that trains here is shared"):
-                build.make_schedule(config, site, clients)
-        else:
-            build.make_schedule(config, site, clients)
-
-
 def stage(task: Vqa, model: Model, round_index: int) -> set[str]:
     """Return what a step of a round moves."""
     task.begin_training(model, round_index)

@@ -13,7 +13,7 @@ client's share of the examples; here, as in the paper, it is the same for all. I
 private  g_i, as much as the model          traffic  FedAvg's
 server   h, as much as the model
 
-A tensor that no client of a round moved, being frozen, stays as it is, with its h: h / alpha would carry it on for ever.
+A tensor that no client moved while others were moved, being frozen, stays as it is, with its h: h / alpha would carry it on.
 
 Clients count the same, however many examples they have. The rule is for parameters; buffers are FedAvg's, and weighed as in
 FedAvg. With AdamW the terms are rescaled like any other gradient.
@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omnifm.federation.aggregation import step_towards
+from omnifm.federation.aggregation import step_towards, trained
 from omnifm.federation.card import Card
 from omnifm.federation.messages import Reply
 from omnifm.federation.state import LocalJob, ServerState
@@ -109,12 +109,11 @@ class FedDyn(Strategy):
         """Move h by the clients' changes, the parameters to the mean less h / alpha."""
         del round_index
         after = self._mean.value()
-        for name, count in self._counts.items():
-            share = count / self._holders(name)  # m / N
-            moved = after[name] - self._started(server, name)
-            if not moved.any():
-                after[name] = server.shared[name]
-                continue
+        changes = {name: after[name] - self._started(server, name) for name in self._counts}
+        ours = trained(changes)
+        after |= {name: server.shared[name] for name in changes.keys() - ours.keys()}
+        for name, moved in ours.items():
+            share = self._counts[name] / self._holders(name)  # m / N
             known: Tensor | int = server.extra.get(SERVER + name, 0)
             server.extra[SERVER + name] = known - share * moved
             if self.options.scored == "server":
