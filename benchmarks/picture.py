@@ -108,9 +108,8 @@ def main() -> None:
     if max(dot.highest for own in found.values() for dot in own.values()) > 1:
         raise SystemExit(f"{name}: {score} is no share of 1, and the picture's axis ends there")
     path = ROOT / "docs" / "results" / f"{name}.svg"
-    path.write_text(
-        svg(found, f"{score} of each client's own model, test split; bars: from the lowest seed to the highest"), encoding="utf-8"
-    )
+    title = f"{score} of each client's own model (test); bars: lowest to highest seed"
+    path.write_text(svg(found, title), encoding="utf-8")
     print(path.relative_to(ROOT))
 
 
