@@ -135,7 +135,7 @@ class Hospital:
             data = data_apart(config, _introductions(header), own)
             self._policy.check(config, len(data.plans))
             site = build.make_site(config, self._store, data)
-            self._open = _Open(header, site, config, own.introduction.train)
+            self._open = _Open(header, site, config, build.num_train(data, site.task)[self._client])
             asked = {name: value for name, value in dump(config)["privacy"].items() if value}
             if not config.privacy.prototype_clip:
                 del asked["prototype_releases"]  # of nothing

@@ -99,6 +99,17 @@ def test_what_is_added_in_any_order_is_worth_what_all_of_it_is(
     assert Ledger(path).epsilon(DELTA, Answer(Steps(1.0, 1.0, 3))) >= ledger.epsilon(DELTA)
 
 
+def test_of_volumes_slices_count(tmp_path: Path) -> None:
+    """They are what is drawn and clipped, though the server hears of rows alone."""
+    (tmp_path / "data").mkdir()
+    volumes = jobs.write_volumes(tmp_path / "data")
+    slices = jobs.VOLUMES["train"] * jobs.DEPTH
+    asked = Asked(volumes, make_config(volumes, **PRIVATE), tmp_path / "store")
+    reply = asked("train")
+    assert isinstance(reply, Reply) and reply.num_examples == slices
+    assert Ledger(asked.path).epsilon(DELTA) == epsilon_of_examples(1.0, DELTA, slices // 4, 4 / slices)
+
+
 def test_a_round_that_is_asked_for_twice_counts_twice_and_steps_count_as_asked(data: Path, tmp_path: Path) -> None:
     asked = Asked(data, make_config(data, **PRIVATE), tmp_path)
     steps = EXAMPLES // 4  # batches of four

@@ -11,10 +11,11 @@ from safetensors import safe_open
 from omnifm.config import Config, parse
 from omnifm.data.cohort import Row, write_cohort
 from omnifm.seeds import numpy_generator
-from tests.data.builders import save_png, spec
+from tests.data.builders import noise, save_png, spec
 
 SIDE = 32
 COUNTS = {"train": 24, "val": 8, "test": 8}
+DEPTH, VOLUMES = 5, {"train": 4, "val": 1, "test": 1}
 MODALITIES = {"scan": "MRI", "echo": "US"}
 
 
@@ -37,6 +38,19 @@ def write_federation(folder: Path) -> Path:
     """Write two cohorts of two modalities below `folder`."""
     for name, modality in MODALITIES.items():
         write_images(folder / name, name, modality)
+    return folder
+
+
+def write_volumes(folder: Path) -> Path:
+    """Write two cohorts of two modalities below `folder`, whose rows are volumes of `DEPTH` slices of noise."""
+    for name, modality in MODALITIES.items():
+        rows = []
+        (folder / name).mkdir()
+        for split, count in VOLUMES.items():
+            for i in range(count):
+                np.save(folder / name / f"{split}{i}.npy", noise(DEPTH, SIDE, SIDE, stream=i))
+                rows.append(Row(id=f"{split}{i}", split=split, image=f"{split}{i}.npy", label="ab"[i % 2]))
+        write_cohort(folder / name, spec(name=name, modality=modality, slice_axis=0), rows)
     return folder
 
 

@@ -3,34 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from omnifm import build
 from omnifm.config import Config, parse
-from omnifm.data.cohort import Row, write_cohort
 from omnifm.run import execute
 from omnifm.tasks.base import Batch
 from omnifm.tasks.classification import Classification
-from tests.data.builders import noise, spec
 from tests.run import jobs
 
-DEPTH, VOLUMES = 5, {"train": 4, "val": 1, "test": 1}
+DEPTH, VOLUMES = jobs.DEPTH, jobs.VOLUMES
 
 
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("volumes")
-    for name, modality in jobs.MODALITIES.items():
-        rows = []
-        (folder / name).mkdir()
-        for split, count in VOLUMES.items():
-            for i in range(count):
-                np.save(folder / name / f"{split}{i}.npy", noise(DEPTH, 32, 32, stream=i))
-                rows.append(Row(id=f"{split}{i}", split=split, image=f"{split}{i}.npy", label="ab"[i % 2]))
-        write_cohort(folder / name, spec(name=name, modality=modality, slice_axis=0), rows)
-    return folder
+    return jobs.write_volumes(tmp_path_factory.mktemp("volumes"))
 
 
 def config_of(volumes: Path, strategy: str, **changes: Any) -> Config:
