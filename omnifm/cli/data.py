@@ -47,6 +47,8 @@ def check(folder: Folder) -> None:
     cohort = Cohort.read(folder)
     rows = ", ".join(f"{len(cohort.indices(split))} {split}" for split in SPLITS)
     typer.echo(f"{cohort.name}: fine; {cohort.spec.task}, {len(cohort.rows)} rows ({rows})")
+    if unknown := sum(not row.patient for row in cohort.rows):
+        typer.echo(f"note: {unknown} rows name no patient, so pictures of one person may be in both train and test", err=True)
 
 
 @app.command()

@@ -62,6 +62,11 @@ def main() -> None:
         # Text from files (a cell of a manifest) may hold line breaks.
         typer.echo(f"omnifm: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
+    except OSError as error:
+        # A disk that is full, a folder that may not be read: nothing that a traceback would help with.
+        place = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"omnifm: {place}{error.strerror or error}", err=True)
+        sys.exit(1)
     except SystemExit as end:
         if end.code == _INTERRUPTED:
             typer.echo("omnifm: interrupted; what is finished is on disk (continue with --resume)", err=True)

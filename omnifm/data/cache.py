@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from omnifm.data.cohort import Cohort
-from omnifm.data.readers import Image, read_image
+from omnifm.data.orient import Rows
+from omnifm.data.readers import Image
 from omnifm.errors import DataError
 
 log = logging.getLogger(__name__)
 
 # Part of every key: a new number makes every older file a stranger.
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 PERCENTILES = (0.5, 99.5)
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _BATCH = 64
@@ -78,6 +79,7 @@ def load_images(
     8-bit sources are divided by 255; others are scaled from their own 0.5 and 99.5 percentile (of the whole volume) to [0, 1]; a
     constant image becomes zeros. Volumes are cut along the cohort's `slice_axis`. Slices are resized to `size` x `size` with
     antialiased bicubic interpolation (Pillow). Colour becomes luminance where `channels` is 1, grey is repeated where it is 3.
+    Volumes are turned to lie as the first row's, see `omnifm.data.orient`.
 
     The key is the SHA-256 of the files' contents, in row order, and of all parameters: it knows no path and no time. Files appear
     under their final name only when whole, so that two processes may build the same cache at once.
@@ -168,13 +170,16 @@ def _resize(plane: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32
 
 def content_key(cohort: Cohort, size: int, channels: int, column: str, cache_dir: Path) -> str:
     """Return a digest of a cohort's files in `column`, of the settings and of how this module scales."""
-    digests = content_digests([cohort.path(i, column) for i in range(len(cohort.rows))], cohort.folder, cache_dir)
+    # How a second image lies depends on its first.
+    columns = ("image",) if column == "image" else ("image", column)
+    paths = [cohort.path(index, name) for name in columns for index in range(len(cohort.rows))]
+    digests = content_digests(paths, cohort.folder, cache_dir)
     settings = [CACHE_FORMAT, size, channels, cohort.spec.slice_axis, PERCENTILES, LUMINANCE, "bicubic"]
     return hashlib.sha256(json.dumps([settings, digests]).encode()).hexdigest()
 
 
 def content_digests(paths: Sequence[Path], folder: Path, cache_dir: Path) -> list[str]:
-    """Return the SHA-256 of each image's bytes; a file whose size and time are those of the last look is not read again."""
+    """Return the SHA-256 of each image's bytes; a file whose size and times are those of the last look is not read again."""
     memo_file = cache_dir / f"seen-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
     memo = _read_memo(memo_file)
     seen = dict(memo)
@@ -204,14 +209,19 @@ def _digest(path: Path, seen: dict[str, list[Any]]) -> str:
     try:
         stat = path.stat()
         known = seen.get(str(path))
-        if known is not None and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return str(known[2])
+        if known is not None and known[:-1] == _facts(stat):
+            return str(known[-1])
         digest = sha256(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     # The suffix chooses the reader, so it is part of what the bytes mean.
-    seen[str(path)] = [stat.st_size, stat.st_mtime_ns, digest + path.suffix.lower()]
+    seen[str(path)] = [*_facts(stat), digest + path.suffix.lower()]
     return digest + path.suffix.lower()
+
+
+def _facts(stat: os.stat_result) -> list[int]:
+    """What changes whenever a file's content does. Copying tools set the time of modification; nobody sets that of change."""
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _build(cohort: Cohort, size: int, channels: int, column: str, base: Path, progress: Progress | None) -> None:
@@ -241,9 +251,11 @@ def _write_header(stream: IO[bytes], shape: tuple[int, ...]) -> None:
 
 
 def _decoded(cohort: Cohort, size: int, channels: int, column: str) -> Iterator[npt.NDArray[np.float32]]:
+    rows = Rows(cohort)
+
     def decode(index: int) -> npt.NDArray[np.float32]:
         try:
-            return to_slices(read_image(cohort.path(index, column)), size, channels, cohort.spec.slice_axis)
+            return to_slices(rows.image(index, column), size, channels, cohort.spec.slice_axis)
         except DataError as error:
             raise DataError(f"cohort {cohort.name}: row '{cohort.rows[index].id}': {column} {error}") from error
 

@@ -20,6 +20,7 @@ from omnifm.data.manifest import (
     outside_reason,
     read_manifest,
     resolve_inside,
+    units,
 )
 from omnifm.data.splits import assign_splits
 from omnifm.errors import DataError
@@ -120,8 +121,7 @@ class Cohort:
             more = f" (and {len(found.problems) - 1} more: see omnifm data check)" if len(found.problems) > 1 else ""
             raise DataError(f"cohort {folder}: {found.problems[0]}{more}")
         rows = [row for _, row in found.rows]
-        units = [f"patient {row.patient}" if row.patient else f"row {row.id}" for row in rows]
-        splits = assign_splits([row.split for row in rows], units, [row.label for row in rows], seed)
+        splits = assign_splits([row.split for row in rows], units(rows), [row.label for row in rows], seed)
         default = found.spec.modality or ""
         filled = (replace(r, split=s, modality=r.modality or default) for r, s in zip(rows, splits, strict=True))
         return cls(folder, found.spec, tuple(filled))

@@ -10,6 +10,7 @@ import numpy as np
 from omnifm.data.cache import unit_range
 from omnifm.data.cohort import Cohort
 from omnifm.data.manifest import SPLITS
+from omnifm.data.orient import Rows
 from omnifm.data.readers import read_image
 from omnifm.errors import DataError
 
@@ -114,9 +115,10 @@ def contact_sheet(cohort: Cohort, out: Path, per_group: int = 8) -> Path:
     for index, row in enumerate(cohort.rows):
         groups.setdefault(row.value(column), []).append(index)
     height = CAPTION + TILE + CAPTION
+    reader = Rows(cohort)
     sheet = Pillow.new("RGB", (per_group * (TILE + 4) + 4, len(groups) * (height + 6) + 4), "white")
     for line, (name, members) in enumerate(sorted(groups.items())):
-        _draw_group(sheet, cohort, f"{name} ({len(members)} rows)", members, per_group, 4 + line * (height + 6))
+        _draw_group(sheet, reader, f"{name} ({len(members)} rows)", members, per_group, 4 + line * (height + 6))
     try:
         sheet.save(out, format="PNG")
     except OSError as error:
@@ -124,9 +126,10 @@ def contact_sheet(cohort: Cohort, out: Path, per_group: int = 8) -> Path:
     return out
 
 
-def _draw_group(sheet: "Pillow.Image", cohort: Cohort, title: str, members: list[int], per_group: int, top: int) -> None:
+def _draw_group(sheet: "Pillow.Image", rows: Rows, title: str, members: list[int], per_group: int, top: int) -> None:
     from PIL import ImageDraw, ImageFont
 
+    cohort = rows.cohort
     font = ImageFont.load_default(11)
     draw = ImageDraw.Draw(sheet)
     draw.text((4, top), title, fill="black", font=font)
@@ -134,7 +137,7 @@ def _draw_group(sheet: "Pillow.Image", cohort: Cohort, title: str, members: list
     chosen = np.unique(np.linspace(0, len(members) - 1, max(per_group // len(columns), 1)).astype(int))
     for place, (index, column) in enumerate((members[i], column) for i in chosen for column in columns):
         left = 4 + place * (TILE + 4)
-        sheet.paste(_tile(cohort, index, column), (left, top + CAPTION))
+        sheet.paste(_tile(rows, index, column), (left, top + CAPTION))
         row = cohort.rows[index]
         # Ids of one cohort mostly differ at their end, so it is the beginning that goes.
         caption, end = f"{row.split} {row.id}", row.id
@@ -144,12 +147,13 @@ def _draw_group(sheet: "Pillow.Image", cohort: Cohort, title: str, members: list
         draw.text((left, top + CAPTION + TILE + 1), caption, fill="black", font=font)
 
 
-def _tile(cohort: Cohort, index: int, column: str) -> "Pillow.Image":
+def _tile(rows: Rows, index: int, column: str) -> "Pillow.Image":
     from PIL import Image as Pillow
     from PIL import ImageOps
 
+    cohort = rows.cohort
     try:
-        array = unit_range(read_image(cohort.path(index, column)))
+        array = unit_range(rows.image(index, column))
     except DataError as error:
         raise DataError(f"cohort {cohort.name}: row '{cohort.rows[index].id}': {column} {error}") from error
     if array.ndim == 4:

@@ -1,8 +1,9 @@
 """DICOM pixel data and geometry. No other attribute is read, so no patient's attribute can reach an array or a message."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,13 @@ from omnifm.errors import DataError
 Pixels = tuple[npt.NDArray[np.float32], tuple[float, ...] | None, npt.NDArray[np.float64] | None, int]
 
 _GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness")
-_SERIES = ("SeriesInstanceUID", "ImagePositionPatient", "NumberOfFrames")
+_SERIES = ("SeriesInstanceUID", "ImagePositionPatient", "NumberOfFrames", "SOPClassUID")
+_STORAGE = "1.2.840.10008.5.1.4.1.1."
+_SEGMENTATION = _STORAGE + "66.4"
+# Presentation states, registrations and segmentations, reports, documents, contours and plans (PS3.4 B.5).
+_NO_PICTURES = tuple(_STORAGE + kind for kind in ("11.", "66", "88.", "104.", "481.3", "481.5"))
 _PIXELS = (
+    "SOPClassUID",
     *("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept"),
     *("ModalityLUTSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
@@ -24,27 +30,45 @@ _PIXELS = (
 )
 # Slice gaps of one volume may differ by this share before a slice counts as missing.
 _GAP_TOLERANCE = 0.1
+_Affine = npt.NDArray[np.float64]
+_T = TypeVar("_T")
+_REMEDY = {"slices": "keep one series per folder", "frames": "keep one volume per file"}
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where slices lie, mm: the direction of rows and columns `(6,)`, the first pixel of each `(n, 3)`, what they are called."""
+
+    orientation: _Affine
+    positions: _Affine
+    what: str
 
 
 def read_dicom(path: Path) -> Pixels:
     """Read one `.dcm` file: an image `(c, rows, columns)`, or `(c, frames, rows, columns)` if it has several frames.
 
     Stored values become real ones (rescale slope and intercept or the modality table); MONOCHROME1 is turned over within the
-    range its bits can hold, so that more is brighter; colours become RGB.
+    range its bits can hold, so that more is brighter; colours become RGB. Frames that state their places are put in their order
+    along the normal.
 
     Returns:
         The array (float32), spacing in mm per spatial axis or None, affine (4, 4) to RAS+ mm for volumes or None, bits stored.
 
     Raises:
-        DataError: the file is not DICOM, has no pixels, or its compression cannot be decoded here.
+        DataError: the file is not DICOM, has no pixels, is a segmentation, its frames are no regular volume, or its compression
+            cannot be decoded here.
     """
-    return _pixels(_load(path))
+    header = _load(path)
+    if header.get("SOPClassUID") == _SEGMENTATION:
+        raise DataError("is a DICOM segmentation, whose frames are segments: export it as NIfTI on the grid of its image")
+    return _pixels(header)
 
 
 def read_series(folder: Path) -> Pixels:
-    """Read a folder of single-frame `.dcm` files as one volume `(c, slices, rows, columns)`.
+    """Read the single-frame slices among the `.dcm` files of a folder as one volume `(c, slices, rows, columns)`.
 
-    Slices are put in the order of their position along the slice normal; file names do not matter.
+    Slices are put in the order of their position along the slice normal; file names do not matter. Reports, presentation states
+    and segmentations that lie beside the slices are passed over.
 
     Raises:
         DataError: there are no slices, they do not belong to one regular volume, or one cannot be read.
@@ -52,36 +76,94 @@ def read_series(folder: Path) -> Pixels:
     files = series_files(folder)
     if not files:
         raise DataError("the folder holds no .dcm file")
-    headers = [_load(file) for file in files]
-    if any("ImagePositionPatient" not in h or "ImageOrientationPatient" not in h for h in headers):
-        raise DataError("a slice states no position or orientation, so the slices cannot be put in order")
-    first = headers[0]
-    orientation = np.array(first.ImageOrientationPatient, dtype=np.float64)
-    if any(not np.allclose(np.array(h.ImageOrientationPatient, dtype=np.float64), orientation, atol=1e-3) for h in headers):
-        raise DataError("the slices have different orientations: keep one series per folder")
-    positions = np.array([h.ImagePositionPatient for h in headers], dtype=np.float64)
-    along = along_normal(headers)
-    order = np.argsort(along, kind="stable")
-    gap = _even_gap(along[order])
-    slices = [_pixels(headers[i]) for i in order]
+    return read_slices(files)
+
+
+def read_slices(files: Sequence[Path]) -> Pixels:
+    """Read single-frame files as `read_series` does."""
+    named = [(file, header) for file in files if is_slice(header := _told(file, _load, file))]
+    headers = [header for _, header in named]
+    if not headers:
+        raise DataError("the folder holds no slice")
+    lost = [file.name for file, h in named if "ImagePositionPatient" not in h or "ImageOrientationPatient" not in h]
+    if lost:
+        raise DataError(f"{lost[0]}: a slice states no position or orientation, so the slices cannot be put in order")
+    places = _places([(h.ImageOrientationPatient, h.ImagePositionPatient) for h in headers], "slices")
+    order = along(places).argsort(kind="stable")
+    slices = [_told(named[i][0], _pixels, headers[i]) for i in order]
     if len({image[0].shape for image in slices}) > 1 or slices[0][0].ndim != 3:
         raise DataError("the slices differ in size or hold several frames: keep one series of single frames per folder")
     array = np.stack([image[0] for image in slices], axis=1)
-    in_plane = slices[0][1]
-    if in_plane is None:
-        return array, None, None, slices[0][3]
-    gap = gap or float(first.get("SliceThickness") or 1.0)
-    step = (positions[order[-1]] - positions[order[0]]) / max(len(order) - 1, 1)
-    affine = _affine(orientation, positions[order[0]], in_plane, step if len(order) > 1 else None, gap)
-    return array, (gap, *in_plane), affine, max(image[3] for image in slices)
+    bits = max(image[3] for image in slices)
+    return array, *_grid(places, slices[0][1], headers[0].get("SliceThickness")), bits
 
 
-def along_normal(headers: Sequence[Any]) -> npt.NDArray[np.float64]:
-    """Return where slices lie along the normal of the first, mm. Ascending, it is the order of `read_series`."""
-    orientation = np.array(headers[0].ImageOrientationPatient, dtype=np.float64)
-    positions = np.array([header.ImagePositionPatient for header in headers], dtype=np.float64)
-    distance: npt.NDArray[np.float64] = positions @ np.cross(orientation[:3], orientation[3:])
+def _told(file: Path, read: Callable[[Any], _T], source: Any) -> _T:
+    """Read one file of many, and say which one it is where it cannot be read."""
+    try:
+        return read(source)
+    except DataError as error:
+        raise DataError(f"{file.name}: {error}") from error
+    # The text of a parser's error may hold a value of the file.
+    except Exception as error:
+        raise DataError(f"{file.name}: cannot be read ({type(error).__name__})") from None
+
+
+def is_slice(header: Any) -> bool:
+    """Whether a header is of a picture, or of one that is damaged; reports, presentation states and the like are none."""
+    return not str(header.get("SOPClassUID", "")).startswith(_NO_PICTURES)
+
+
+def slice_order(headers: Sequence[Any]) -> npt.NDArray[np.int64]:
+    """Return in which order `read_slices` takes slices with these headers."""
+    return along(_places([(h.ImageOrientationPatient, h.ImagePositionPatient) for h in headers], "slices")).argsort(kind="stable")
+
+
+def frame_order(header: Any) -> npt.NDArray[np.int64] | None:
+    """Return in which order `read_dicom` takes the frames of a file; None: as they are stored."""
+    places = _frame_places(header)
+    return None if places is None else along(places).argsort(kind="stable")
+
+
+def _places(found: Sequence[tuple[Any, Any]], what: str) -> _Places:
+    """Return orientation and positions of slices or frames. Raises DataError if they do not all lie alike."""
+    orientations = np.array([orientation for orientation, _ in found], dtype=np.float64)
+    if not np.allclose(orientations, orientations[0], atol=1e-3):
+        raise DataError(f"the {what} have different orientations: {_REMEDY[what]}")
+    return _Places(orientations[0], np.array([position for _, position in found], dtype=np.float64), what)
+
+
+def along(places: _Places) -> npt.NDArray[np.float64]:
+    """Return where slices lie along their normal, mm."""
+    distance: npt.NDArray[np.float64] = places.positions @ np.cross(places.orientation[:3], places.orientation[3:])
     return distance
+
+
+def _grid(places: _Places, in_plane: tuple[float, ...] | None, thickness: Any) -> tuple[tuple[float, ...] | None, _Affine | None]:
+    """Return spacing and affine of a stack of slices. Raises DataError if they are not evenly spaced."""
+    distance = along(places)
+    order = distance.argsort(kind="stable")
+    gap = _even_gap(distance[order], places.what)
+    if in_plane is None:
+        return None, None
+    gap = gap or abs(float(thickness or 1.0))
+    step = (places.positions[order[-1]] - places.positions[order[0]]) / max(len(order) - 1, 1)
+    affine = _affine(places.orientation, places.positions[order[0]], in_plane, step if len(order) > 1 else None, gap)
+    return (gap, *in_plane), affine
+
+
+def _frame_places(header: Any) -> _Places | None:
+    """Return the places of a file's frames; None where one does not state it (PS3.3 C.7.6.16.2.3 and .4)."""
+    frames = header.get("PerFrameFunctionalGroupsSequence") or []
+    shared = (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    found = []
+    for frame in frames:
+        plane = frame.get("PlanePositionSequence")
+        orientation = frame.get("PlaneOrientationSequence") or shared.get("PlaneOrientationSequence")
+        if not plane or not orientation:
+            return None
+        found.append((orientation[0].ImageOrientationPatient, plane[0].ImagePositionPatient))
+    return _places(found, "frames") if len(found) > 1 else None
 
 
 def is_series(folder: Path) -> bool:
@@ -97,6 +179,8 @@ def is_series(folder: Path) -> bool:
         except Exception:
             series.append(None)
             continue
+        if not is_slice(header):
+            continue
         if "ImagePositionPatient" not in header or int(header.get("NumberOfFrames") or 1) > 1:
             return False
         series.append(header.get("SeriesInstanceUID", ""))
@@ -104,8 +188,9 @@ def is_series(folder: Path) -> bool:
 
 
 def series_files(folder: Path) -> list[Path]:
-    """Return the `.dcm` files directly in a folder, by name."""
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() == ".dcm" and file.is_file())
+    """Return the `.dcm` files directly in a folder, by name; hidden ones are none of them."""
+    entries = (file for file in folder.iterdir() if file.suffix.lower() == ".dcm" and not file.name.startswith("."))
+    return sorted(file for file in entries if file.is_file())
 
 
 def _load(path: Path) -> Any:
@@ -131,8 +216,14 @@ def _pixels(header: Any) -> Pixels:
         array, rescaled = _rescaled(stored, header, bits)
         array = array[None]
         bits = max(bits, 16) if rescaled else bits
-    spacing, affine = _geometry(header, frames)
-    return array if frames > 1 else array[:, 0], spacing, affine, bits
+    if frames == 1:
+        return array[:, 0], _measures(header)[0], None, bits
+    in_plane, gap, thickness = _measures(header)
+    places = _frame_places(header)
+    if places is not None and len(places.positions) == frames:
+        return array[:, along(places).argsort(kind="stable")], *_grid(places, in_plane, thickness), bits
+    gap = gap or thickness
+    return array, (gap, *in_plane) if gap and in_plane else None, None, bits
 
 
 def _stored(header: Any) -> npt.NDArray[Any]:
@@ -173,29 +264,28 @@ def _rescale_group(item: Any) -> tuple[float, float] | None:
     return (float(group[0].RescaleSlope), float(group[0].RescaleIntercept)) if group else None
 
 
-def _geometry(header: Any, frames: int) -> tuple[tuple[float, ...] | None, npt.NDArray[np.float64] | None]:
+def _measures(header: Any) -> tuple[tuple[float, ...] | None, float, float]:
+    """Return in mm the distances of rows and columns (None: not stated), of slices, and their thickness (0: not stated)."""
     measures = header
-    for item in header.get("SharedFunctionalGroupsSequence") or []:
-        measures = (item.get("PixelMeasuresSequence") or [header])[0]
-    if not measures.get("PixelSpacing"):
-        return None, None
-    in_plane = tuple(float(step) for step in measures.PixelSpacing)
-    if frames == 1:
-        return in_plane, None
-    gap = measures.get("SpacingBetweenSlices") or measures.get("SliceThickness")
-    return ((float(gap), *in_plane), None) if gap else (None, None)
+    for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
+        first = (header.get(groups) or [{}])[0]
+        measures = (first.get("PixelMeasuresSequence") or [measures])[0]
+    in_plane = tuple(float(step) for step in measures.PixelSpacing) if measures.get("PixelSpacing") else None
+    # Nuclear medicine writes a negative distance where slices run the other way.
+    gap, thickness = (abs(float(measures.get(key) or 0)) for key in ("SpacingBetweenSlices", "SliceThickness"))
+    return in_plane, gap, thickness
 
 
-def _even_gap(along: npt.NDArray[np.float64]) -> float:
+def _even_gap(along: npt.NDArray[np.float64], what: str) -> float:
     """Return the distance between slices (mm) at sorted positions, 0 for a single slice."""
     gaps = np.diff(along)
     if len(gaps) == 0:
         return 0.0
     usual = float(np.median(gaps))
     if gaps.min() < 1e-3:
-        raise DataError("two slices lie at the same position: keep one series per folder")
+        raise DataError(f"two {what} lie at the same position: {_REMEDY[what]}")
     if np.abs(gaps - usual).max() > _GAP_TOLERANCE * usual:
-        raise DataError(f"the slices are not evenly spaced (gaps of {gaps.min():.2f} to {gaps.max():.2f} mm): is one missing?")
+        raise DataError(f"the {what} are not evenly spaced (gaps of {gaps.min():.2f} to {gaps.max():.2f} mm): is one missing?")
     return float(gaps.mean())
 
 

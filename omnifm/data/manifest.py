@@ -40,6 +40,18 @@ class Row:
         return str(getattr(self, column)) if column in COLUMNS else self.extra.get(column, "")
 
 
+def units(rows: Sequence[Row]) -> list[str]:
+    """Return for each row the name of what is never cut in two: its patient, where none is known its image.
+
+    Several rows are about one image where it is asked several questions.
+    """
+    first: dict[str, str] = {}
+    for row in rows:
+        image = row.image or row.id
+        first[image] = min(row.id, first.get(image, row.id))
+    return [f"patient {row.patient}" if row.patient else f"row {first[row.image or row.id]}" for row in rows]
+
+
 COLUMNS = tuple(f.name for f in fields(Row) if f.name != "extra")
 
 

@@ -6,6 +6,7 @@ there. Instance masks become foreground (value > 0). The size of a voxel on that
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import numpy.typing as npt
 
 from omnifm.data.cache import appears_whole, content_key
 from omnifm.data.cohort import Cohort
-from omnifm.data.readers import read_image, read_mask
+from omnifm.data.orient import Rows
 from omnifm.errors import DataError
+
+log = logging.getLogger(__name__)
 
 _FORMAT = 1
 Labels = npt.NDArray[np.uint8]
@@ -55,18 +58,36 @@ def load_masks(cohort: Cohort, size: int, cache_dir: Path, column: str = "mask")
         parts = [settings, *(content_key(cohort, size, 1, name, cache_dir) for name in ("image", column))]
         base = cache_dir / f"{cohort.name}-mask-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
         record, pixels = base.with_name(f"{base.name}.json"), base.with_name(f"{base.name}.npy")
-        if not record.exists() or not pixels.exists():
+        found = _open(record, pixels)
+        if found is None:
             _build(cohort, size, column, record, pixels)
-        facts = json.loads(record.read_bytes())
-        labels = np.load(pixels, mmap_mode="r", allow_pickle=False)
+            found = _open(record, pixels)
     except OSError as error:
         raise DataError(f"cache {cache_dir}: {error.strerror or error} ({error.filename})") from error
-    counts = np.asarray(facts["slices_per_row"], dtype=np.int64)
-    return CachedMasks(labels, np.repeat(np.arange(len(counts)), counts), np.asarray(facts["spacing"], dtype=np.float32))
+    if found is None:
+        raise DataError(f"cache {pixels}: damaged right after it was written; is the disk full or faulty?")
+    return found
+
+
+def _open(record: Path, pixels: Path) -> CachedMasks | None:
+    """Return what is cached; None, after a warning, if it is damaged; None if there is nothing."""
+    if not record.exists() or not pixels.exists():
+        return None
+    try:
+        facts = json.loads(record.read_bytes())
+        labels = np.load(pixels, mmap_mode="r", allow_pickle=False)
+        counts = np.asarray(facts["slices_per_row"], dtype=np.int64)
+        if counts.sum() != len(labels):
+            raise ValueError("shape differs")
+        return CachedMasks(labels, np.repeat(np.arange(len(counts)), counts), np.asarray(facts["spacing"], dtype=np.float32))
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("cache %s: damaged (%s); it is built again", pixels.name, error)
+        return None
 
 
 def _build(cohort: Cohort, size: int, column: str, record: Path, pixels: Path) -> None:
-    found = [_row(cohort, index, size, column) for index in range(len(cohort.rows))]
+    rows = Rows(cohort)
+    found = [_row(rows, index, size, column) for index in range(len(cohort.rows))]
     with appears_whole(pixels) as stream:
         np.save(stream, np.concatenate([slices for slices, _ in found]), allow_pickle=False)
     facts = {"slices_per_row": [len(slices) for slices, _ in found], "spacing": [spacing for _, spacing in found]}
@@ -74,12 +95,10 @@ def _build(cohort: Cohort, size: int, column: str, record: Path, pixels: Path) -
         stream.write(json.dumps(facts).encode())
 
 
-def _row(cohort: Cohort, index: int, size: int, column: str) -> tuple[Labels, tuple[float, float, float]]:
+def _row(rows: Rows, index: int, size: int, column: str) -> tuple[Labels, tuple[float, float, float]]:
+    cohort = rows.cohort
     try:
-        mask = read_mask(cohort.path(index, column))
-        image = read_image(cohort.path(index, "image"))
-        if mask.shape != image.array.shape[1:]:
-            raise DataError(f"has shape {mask.shape}, the image {image.array.shape[1:]}")
+        mask, image = rows.mask(index, column)
         mask = (mask > 0).astype(np.int64) if cohort.spec.mask_kind == "instances" else mask
         if mask.min() < 0 or mask.max() > 255:
             raise DataError(f"holds class {mask.max() if mask.max() > 255 else mask.min()}; 0 to 255 are possible")

@@ -20,12 +20,12 @@ import numpy.typing as npt
 
 from omnifm.data.cache import LUMINANCE, PERCENTILES, appears_whole, content_digests, sha256, to_planes
 from omnifm.data.cohort import Cohort
-from omnifm.data.readers import read_image
+from omnifm.data.orient import Rows
 from omnifm.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _BATCH = 64
 _WHITE = 255
 Window = tuple[int, int, int]
@@ -95,10 +95,11 @@ def load_native(cohort: Cohort, channels: int, cache_dir: Path) -> NativeImages:
     return found
 
 
-def _planes(cohort: Cohort, index: int, channels: int) -> tuple[npt.NDArray[np.float32], bool]:
+def _planes(rows: Rows, index: int, channels: int) -> tuple[npt.NDArray[np.float32], bool]:
     """Return the slices of row `index`, `(n, channels, h, w)` in [0, 1], and whether bytes hold them without loss."""
+    cohort = rows.cohort
     try:
-        image = read_image(cohort.path(index))
+        image = rows.image(index)
         planes = to_planes(image, channels, cohort.spec.slice_axis)
     except DataError as error:
         raise DataError(f"cohort {cohort.name}: row '{cohort.rows[index].id}': image {error}") from error
@@ -126,11 +127,12 @@ def _layout(cohort: Cohort, channels: int) -> _Layout:
 
 
 def _decoded(cohort: Cohort, channels: int) -> Iterator[tuple[npt.NDArray[np.float32], bool]]:
+    reader = Rows(cohort)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # In batches, so that no more than one batch of decoded images waits in memory.
         for start in range(0, len(cohort.rows), _BATCH):
             rows = range(start, min(start + _BATCH, len(cohort.rows)))
-            yield from pool.map(lambda index: _planes(cohort, index, channels), rows)
+            yield from pool.map(lambda index: _planes(reader, index, channels), rows)
 
 
 def _build(cohort: Cohort, channels: int, base: Path) -> None:

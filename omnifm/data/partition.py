@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omnifm.data.cohort import Cohort
-from omnifm.data.manifest import SPLITS
+from omnifm.data.manifest import SPLITS, units
 from omnifm.data.splits import main_label
 from omnifm.errors import DataError
 from omnifm.seeds import numpy_generator
@@ -113,7 +113,7 @@ def _plan(cohort: Cohort, client: str, rows: Sequence[int]) -> ClientPlan:
 
 @dataclass(frozen=True)
 class _Units:
-    """What a draw moves as one: a patient's rows, or a single row. Arrays of shape (units,)."""
+    """What a draw moves as one: a patient's rows, or an image's where no patient is known. Arrays of shape (units,)."""
 
     rows: tuple[tuple[int, ...], ...]
     size: npt.NDArray[np.float64]
@@ -122,17 +122,15 @@ class _Units:
 
 
 def _units(cohort: Cohort, rows: Sequence[int], column: str) -> _Units:
-    members: dict[tuple[str, str, str], list[int]] = {}
-    for index in rows:
-        row = cohort.rows[index]
-        key = (row.split, "patient", row.patient) if row.patient else (row.split, "row", row.id)
-        members.setdefault(key, []).append(index)
+    members: dict[tuple[str, str], list[int]] = {}
+    for index, unit in zip(rows, units([cohort.rows[index] for index in rows]), strict=True):
+        members.setdefault((cohort.rows[index].split, unit), []).append(index)
     labels = [main_label(Counter(cohort.rows[i].value(column or "label") for i in part)) for part in members.values()]
     names = sorted(set(labels))
     return _Units(
         rows=tuple(tuple(part) for part in members.values()),
         size=np.array([len(part) for part in members.values()], dtype=np.float64),
-        split=np.array([SPLITS.index(split) for split, _, _ in members], dtype=np.int64),
+        split=np.array([SPLITS.index(split) for split, _ in members], dtype=np.int64),
         label=np.array([names.index(label) for label in labels], dtype=np.int64),
     )
 
@@ -140,14 +138,14 @@ def _units(cohort: Cohort, rows: Sequence[int], column: str) -> _Units:
 def _draw(
     cohort: Cohort, rows: Sequence[int], clients: int, gamma: float, min_examples: int, column: str, rng: np.random.Generator
 ) -> list[list[int]]:
-    units = _units(cohort, rows, column if gamma > 0 else "")
-    floor = _least_rows(units, clients, min_examples)
+    drawn = _units(cohort, rows, column if gamma > 0 else "")
+    floor = _least_rows(drawn, clients, min_examples)
     fewest = 0
     for _ in range(MAX_DRAWS):
-        owner = _owners(units, clients, gamma, rng)
-        counts = [np.bincount(owner, units.size * (units.split == s), clients) for s in range(len(SPLITS))]
+        owner = _owners(drawn, clients, gamma, rng)
+        counts = [np.bincount(owner, drawn.size * (drawn.split == s), clients) for s in range(len(SPLITS))]
         if all((count >= least).all() for count, least in zip(counts, floor, strict=True)):
-            return [[i for u in np.flatnonzero(owner == k) for i in units.rows[u]] for k in range(clients)]
+            return [[i for u in np.flatnonzero(owner == k) for i in drawn.rows[u]] for k in range(clients)]
         fewest = max(fewest, int(counts[0].min()))
     raise DataError(
         f"cohort {cohort.name}: no draw of {MAX_DRAWS} gave each of {clients} clients {floor[0]} train, {floor[1]} val and "

@@ -1,7 +1,8 @@
 """Image files to arrays. Values are left as they are; `omnifm.data.cache` puts them on one scale."""
 
+import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 SUFFIXES = (*NIFTI_SUFFIXES, ".dcm", ".tif", ".tiff", ".npy", *RASTER_SUFFIXES)
 """Endings of the names, in lower case, of all files that `read_image` reads."""
 _GREY_MODES = {"1": "L", "L": "L", "LA": "L", "I;16": "I;16", "I;16L": "I;16", "I;16B": "I;16B", "I": "I", "F": "F"}
+_MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
 _MODE_BITS = {"1": 8, "L": 8, "LA": 8, "I": 32, "F": 32}
 
 
@@ -42,11 +44,10 @@ def read_image(path: Path) -> Image:
     Raises:
         DataError: the file is missing, of another kind, truncated, or has neither one nor three channels.
     """
-    reader = _reader(path)
-    if not path.exists():
-        raise DataError(f"{path.name}: file is missing")
     try:
-        image = reader(path)
+        image = _reader(path)(path)
+    except FileNotFoundError:
+        raise DataError(f"{path.name}: file is missing") from None
     except DataError as error:
         raise DataError(f"{path.name}: {error}") from error
     # Decoders of damaged files raise what they like, SyntaxError (PNG), EOFError, zlib.error and struct.error among it.
@@ -58,7 +59,12 @@ def read_image(path: Path) -> Image:
 
 
 def read_mask(path: Path) -> npt.NDArray[np.int64]:
-    """Read a mask: whole numbers of shape `(*spatial)`, palette indices rather than colours where there is a palette.
+    """Read the values of a mask as they are stored, `(*spatial)`; raises what `read_mask_image` raises."""
+    return np.asarray(read_mask_image(path).array[0], dtype=np.int64)
+
+
+def read_mask_image(path: Path) -> Image:
+    """Read a mask: whole numbers of shape `(1, *spatial)`, palette indices rather than colours where there is a palette.
 
     Raises:
         DataError: as `read_image`; or the values are colours or fractions.
@@ -67,13 +73,13 @@ def read_mask(path: Path) -> npt.NDArray[np.int64]:
         indices = _palette_indices(path)
         if indices is not None:
             return indices
-    array = read_image(path).array
+    image = read_image(path)
+    array = image.array
     if not np.array_equal(array, np.broadcast_to(array[:1], array.shape)):
         raise DataError(f"{path.name}: a mask holds class values, not colours")
-    values = array[0]
-    if not np.array_equal(values, np.rint(values)):
+    if not np.array_equal(array[0], np.rint(array[0])):
         raise DataError(f"{path.name}: a mask holds whole numbers, not fractions")
-    return np.asarray(values, dtype=np.int64)
+    return replace(image, array=array[:1])
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
@@ -92,21 +98,52 @@ def _reader(path: Path) -> Callable[[Path], Image]:
         return _read_npy
     if name.endswith(RASTER_SUFFIXES):
         return _read_raster
-    raise DataError(f"{path.name}: not a PNG, JPEG, TIFF, BMP, NPY, NIfTI (.nii, .nii.gz) or DICOM (.dcm) file")
+    raise DataError("not a PNG, JPEG, TIFF, BMP, NPY, NIfTI (.nii, .nii.gz) or DICOM (.dcm) file")
 
 
 def _read_dicom(path: Path) -> Image:
     from omnifm.data.dicom import read_dicom, read_series
 
-    array, spacing, affine, bits = read_series(path) if path.is_dir() else read_dicom(path)
-    return Image(array, spacing, affine, bits)
+    return Image(*(read_series(path) if path.is_dir() else read_dicom(path)))
+
+
+def read_slice(path: Path) -> Image:
+    """Read a `.dcm` file as `read_image` does, with an affine `(4, 4)` of (slice, row, column) also where it has one frame.
+
+    Raises:
+        DataError: as `read_image`.
+    """
+    from omnifm.data.dicom import read_slices
+
+    found = read_image(path)
+    if found.array.ndim == 4:
+        return found
+    try:
+        return replace(found, affine=read_slices([path])[2])
+    # It does not say how it lies.
+    except DataError:
+        return found
 
 
 def _read_raster(path: Path) -> Image:
     from PIL import Image as Pillow
 
     with Pillow.open(path) as source:
-        return _from_pillow(source)
+        return _from_pillow(_upright(source))
+
+
+def _upright(source: Any) -> Any:
+    """Return a picture as every viewer shows it: cameras store it as they were held, and say so beside the pixels (EXIF)."""
+    from PIL import ImageOps
+
+    if getattr(source, "n_frames", 1) > 1:
+        return source
+    source.load()
+    try:
+        return ImageOps.exif_transpose(source)
+    # The pixels are sound. A camera's notes that cannot be read say nothing, to us as to a viewer.
+    except (SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return source
 
 
 def _from_pillow(source: Any) -> Image:
@@ -120,12 +157,15 @@ def _from_pillow(source: Any) -> Image:
     return Image(frames[0] if len(frames) == 1 else np.stack(frames, axis=1), None, None, bits)
 
 
-def _palette_indices(path: Path) -> npt.NDArray[np.int64] | None:
+def _palette_indices(path: Path) -> Image | None:
     from PIL import Image as Pillow
 
     try:
         with Pillow.open(path) as source:
-            return np.asarray(source).astype(np.int64) if source.mode in ("P", "1") else None
+            indexed = source.mode in ("P", "1")
+            return Image(np.asarray(_upright(source), dtype=np.float32)[None], None, None, 8) if indexed else None
+    except FileNotFoundError:
+        raise DataError(f"{path.name}: file is missing") from None
     except Exception as error:
         raise _unreadable(path, error) from error
 
@@ -136,22 +176,45 @@ def _read_tiff(path: Path) -> Image:
 
     with tifffile.TiffFile(path) as source:
         page: Any = source.pages.first
-        # Pillow carries LZW and JPEG decoders, which tifffile lacks; tifffile keeps 16 bits per colour, which Pillow does not.
-        if page.photometric.name != "PALETTE" and page.compression.name in ("NONE", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS"):
+        white_is_zero = page.photometric.name == "MINISWHITE"
+        turn = int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1
+        # Pillow carries LZW and JPEG decoders, which tifffile lacks, and knows other colours; tifffile keeps 16 bits per colour,
+        # which Pillow does not.
+        packed = page.compression.name not in ("NONE", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS")
+        if not packed and page.photometric.name in ("MINISBLACK", "MINISWHITE", "RGB"):
             series = source.series[0]
-            array = _channels_first(series.asarray(), series.axes.find("S") if "S" in series.axes else series.axes.find("C"))
-            bits = _bits(array.dtype)
-            inverted = page.photometric.name == "MINISWHITE"
-            array = np.iinfo(array.dtype).max - array if inverted and array.dtype.kind == "u" else array
-            return Image(array.astype(np.float32), None, None, bits)
+            array = series.asarray()
+            array = _inverted(array) if white_is_zero else array
+            alpha = len(page.extrasamples) == 1 and page.extrasamples[0].name in ("ASSOCALPHA", "UNASSALPHA")
+            axis = series.axes.find("S") if "S" in series.axes else series.axes.find("C")
+            array = _channels_first(array, axis)
+            array = _turned(array[:-1] if alpha else array, turn)
+            return Image(array.astype(np.float32), None, None, _bits(array.dtype))
+        # Pillow mixes up rows and columns of such a file.
+        if turn > 4 and not packed:
+            raise DataError("lies on its side (TIFF tag Orientation): save it upright")
     with Pillow.open(path) as frames:
-        return _from_pillow(frames)
+        image = _from_pillow(frames)
+    # Of grey with up to 8 bits Pillow makes what is seen; with 16 it leaves the numbers as they are.
+    return replace(image, array=65535 - image.array) if white_is_zero and image.bits == 16 else image
+
+
+def _turned(array: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
+    """Return `(..., h, w)` upright; TIFF 6.0, tag 274: which sides of the picture the first row and the first column are."""
+    array = np.swapaxes(array, -2, -1) if orientation > 4 else array
+    rows, columns = (slice(None, None, -1 if orientation in turned else 1) for turned in ((3, 4, 7, 8), (2, 3, 6, 7)))
+    return array[..., rows, columns]
+
+
+def _inverted(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if array.dtype.kind == "b":
+        return ~array
+    return np.iinfo(array.dtype).max - array if array.dtype.kind == "u" else array
 
 
 def _channels_first(array: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:
-    """Bring the channel axis (-1: none) to the front, drop an alpha channel and further axes of length one."""
+    """Bring the channel axis (-1: none) to the front, drop further axes of length one."""
     array = array[None] if axis < 0 else np.moveaxis(array, axis, 0)
-    array = array[:3] if array.shape[0] == 4 else array[:1] if array.shape[0] == 2 else array
     long_axes = tuple(i for i in range(1, array.ndim) if array.shape[i] == 1)
     return np.squeeze(array, axis=long_axes) if array.ndim > 4 else array
 
@@ -181,5 +244,9 @@ def _read_nifti(path: Path) -> Image:
     array = array.reshape(array.shape[:3]) if array.ndim > 3 and array.size == np.prod(array.shape[:3]) else array
     if array.ndim > 3:
         raise DataError(f"NIfTI of shape {array.shape} holds a series: write one file per volume")
-    spacing = tuple(float(step) for step in source.header.get_zooms()[: array.ndim])
-    return Image(array[None], spacing, np.asarray(source.affine, dtype=np.float64) if array.ndim == 3 else None, bits)
+    millimetres = _MILLIMETRES.get(source.header.get_xyzt_units()[0], 1.0)
+    spacing = tuple(float(step) * millimetres for step in source.header.get_zooms()[: array.ndim])
+    # Both codes 0: the file does not say how it lies, and nibabel's answer is a guess.
+    stated = array.ndim == 3 and (int(source.header["qform_code"]) or int(source.header["sform_code"]))
+    affine = np.diag([millimetres] * 3 + [1.0]) @ np.asarray(source.affine, dtype=np.float64) if stated else None
+    return Image(array[None], spacing, affine, bits)

@@ -10,7 +10,7 @@ SHARES = {"train": 0.65, "val": 0.10, "test": 0.25}
 def assign_splits(given: Sequence[str], units: Sequence[str], labels: Sequence[str], seed: int = 0) -> list[str]:
     """Fill in the empty entries of `given`.
 
-    All rows of a unit (a patient; a row of its own where the patient is unknown) fall into one split: the one another of its
+    All rows of a unit (a patient; an image where the patient is unknown) fall into one split: the one another of its
     rows is given, else one drawn. Units are taken class by class, within a class in the order of the SHA-256 of seed and unit,
     and each goes to the split that is furthest below its share (65 / 10 / 25 %). So the shares hold to within one unit over
     the whole cohort, and closely within each class. The order of the rows does not matter.

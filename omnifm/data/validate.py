@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from omnifm.data.cohort import Cohort, CohortSpec, scan
 from omnifm.data.manifest import MANIFEST_FILE, Problem, Row, outside_reason, resolve_inside
-from omnifm.data.readers import Image, read_image, read_mask
+from omnifm.data.orient import lying_as
+from omnifm.data.readers import Image, read_image, read_mask_image
 from omnifm.errors import DataError
 
 __all__ = ["Problem", "require_valid", "validate"]
@@ -71,8 +72,7 @@ def _row_messages(folder: Path, spec: CohortSpec, row: Row) -> list[str]:
     image = _image(folder, "image", row.image, spec, messages)
     if spec.task == "fusion":
         other = _image(folder, "image_b", row.image_b, spec, messages)
-        if image is not None and other is not None and _size(image) != _size(other):
-            messages.append(f"image_b '{row.image_b}': size {_text(_size(other))} differs from the image's {_text(_size(image))}")
+        messages += _grid_messages("image_b", row.image_b, other, image)
     if spec.task == "segmentation":
         for column in ("mask", "mask_b"):
             messages += _mask_messages(folder, column, row.value(column), spec, image)
@@ -107,13 +107,22 @@ def _mask_messages(folder: Path, column: str, relative: str, spec: CohortSpec, i
     if not relative or outside_reason(relative):
         return []
     try:
-        mask = read_mask(resolve_inside(folder, relative))
+        mask = read_mask_image(resolve_inside(folder, relative))
     except DataError as error:
         return [_about(column, relative, error)]
-    messages = []
-    if image is not None and mask.shape != _size(image):
-        messages.append(f"{column} '{relative}': size {_text(mask.shape)} differs from the image's {_text(_size(image))}")
-    return messages + _value_messages(column, relative, mask, spec)
+    values = mask.array[0].astype(np.int64)
+    return _grid_messages(column, relative, mask, image) + _value_messages(column, relative, values, spec)
+
+
+def _grid_messages(column: str, relative: str, other: Image | None, image: Image | None) -> list[str]:
+    """Return why a mask or second image does not lie on the grid of the image; nothing where one could not be read."""
+    if other is None or image is None:
+        return []
+    try:
+        lying_as(other, image)
+    except DataError as error:
+        return [_about(column, relative, error)]
+    return []
 
 
 def _value_messages(column: str, relative: str, mask: npt.NDArray[np.int64], spec: CohortSpec) -> list[str]:
@@ -125,11 +134,3 @@ def _value_messages(column: str, relative: str, mask: npt.NDArray[np.int64], spe
     shown = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
     allowed = f"the classes are 0 to {highest}" if spec.mask_kind == "semantic" else "objects are numbered from 1"
     return [f"{column} '{relative}': value outside classes: {shown} ({allowed})"]
-
-
-def _size(image: Image) -> tuple[int, ...]:
-    return image.array.shape[1:]
-
-
-def _text(size: tuple[int, ...]) -> str:
-    return " x ".join(map(str, size))

@@ -44,9 +44,10 @@ def predict_cases(session: Session, cases: Sequence[Case], out: OutFolder, *, qu
 
 
 def _one(session: Session, case: Case, out: OutFolder, question: str) -> dict[str, Any]:
+    # First: what fails below must not leave the answer that another model gave.
+    out.forget(f"{case.name}.json")
     if case.problem:
         raise DataError(f"{case.files[0]}: {case.problem}")
-    out.require_free(f"{case.name}.json")
     answer, images = session.answer(case, question)
     source = case.files[0]
     try:

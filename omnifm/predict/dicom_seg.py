@@ -6,6 +6,7 @@ refers to them. It is for the archive that these images came from, and as confid
 
 import hashlib
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omnifm import __version__
-from omnifm.data.dicom import along_normal, series_files
+from omnifm.data.dicom import frame_order, is_slice, series_files, slice_order
 from omnifm.errors import ConfigError, DataError
 
 _SCHEME = "99OMNIFM"  # 99...: a coding scheme of one's own (PS3.3 8.2)
@@ -50,30 +51,35 @@ def write_seg(path: Path, source: Path, mask: npt.NDArray[np.uint8], classes: Se
     images = _sources(source)
     if mask.ndim == 3 and len(images) == 1 and "FrameOfReferenceUID" not in images[0]:
         raise DataError("has several frames and no frame of reference: a DICOM segmentation cannot say where its frames belong")
+    mask = _as_stored(mask, images[0]) if len(images) == 1 else mask
     model = f"{made_by['config_hash']}/{made_by['client']}/{made_by['rounds']}"
     series = images[0].SeriesInstanceUID
     content = hashlib.sha256(mask.tobytes()).hexdigest()
     try:
-        found = highdicom.seg.Segmentation(
-            source_images=images,
-            pixel_array=mask,
-            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=[_segment(number, name) for number, name in enumerate(classes) if number],
-            series_instance_uid=_uid(series, model),
-            series_number=_SERIES_NUMBER,
-            sop_instance_uid=_uid(*(image.SOPInstanceUID for image in images), model, content),
-            instance_number=1,
-            manufacturer="omnifm",
-            manufacturer_model_name="omnifm predict",
-            software_versions=__version__,
-            device_serial_number=str(made_by["config_hash"])[:_LONGEST],
-            series_description=f"omnifm, model of {made_by['client']}"[:_LONGEST],
-            content_label="SEGMENTATION",
-            specific_character_set="ISO_IR 192",
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom's quote the values they are about
+            found = highdicom.seg.Segmentation(
+                source_images=images,
+                pixel_array=mask,
+                segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+                segment_descriptions=[_segment(number, name) for number, name in enumerate(classes) if number],
+                series_instance_uid=_uid(series, model),
+                series_number=_SERIES_NUMBER,
+                sop_instance_uid=_uid(*(image.SOPInstanceUID for image in images), model, content),
+                instance_number=1,
+                manufacturer="omnifm",
+                manufacturer_model_name="omnifm predict",
+                software_versions=__version__,
+                device_serial_number=str(made_by["config_hash"])[:_LONGEST],
+                series_description=f"omnifm, model of {made_by['client']}"[:_LONGEST],
+                content_label="SEGMENTATION",
+                specific_character_set="ISO_IR 192",
+            )
     # What highdicom and pydicom raise for an object that lacks something differs by what it is.
     except (ValueError, AttributeError, TypeError, KeyError, RuntimeError) as error:
-        raise DataError(f"a DICOM segmentation cannot refer to it ({' '.join(str(error).split())})") from error
+        # Their text may hold a patient's attributes, and this line goes into a log and a file.
+        problem = f"{type(error).__name__}; an attribute of patient or study may be malformed"
+        raise DataError(f"a DICOM segmentation cannot refer to it ({problem})") from None
     found.save_as(path)
 
 
@@ -82,17 +88,27 @@ def _sources(source: Path) -> list[Any]:
     import pydicom
 
     files = series_files(source) if source.is_dir() else [source]
-    images = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
+    headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in files]
+    images = [header for header in headers if is_slice(header)]
     if lost := [keyword for image in images for keyword in _NEEDED if keyword not in image]:
         raise DataError(f"has no {lost[0]}, which a DICOM segmentation must refer to")
     for image in images:
         for keyword in _MAY_BE_EMPTY:
             if keyword not in image:
                 setattr(image, keyword, "")
-    if source.is_dir():
-        order = np.argsort(along_normal(images), kind="stable")
-        images = [images[place] for place in order]
-    return images
+    return [images[place] for place in slice_order(images)] if source.is_dir() else images
+
+
+def _as_stored(mask: npt.NDArray[np.uint8], header: Any) -> npt.NDArray[np.uint8]:
+    """Return the mask of one file as the file holds its frames; a volume of one slice is a slice."""
+    if mask.ndim == 2 or len(mask) == 1:
+        return mask.reshape(mask.shape[-2:])
+    order = frame_order(header)
+    if order is None or len(order) != len(mask):
+        return mask
+    stored = np.empty_like(mask)
+    stored[order] = mask
+    return stored
 
 
 def _segment(number: int, name: str) -> Any:

@@ -1,60 +1,42 @@
-"""Volumes turned so that they lie as the training volumes do, and answers turned back.
-
-A file may store the same volume along other axes or backwards: DICOM series have slices first, most NIfTI files last. What is
-read is permuted and flipped, never interpolated, until each axis of the array is nearest to the direction it has in training.
-"""
+"""Slices turned to lie as those of training volumes, and answers turned back to lie as the image that they are about."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from omnifm.data.orient import Affine, apply, turn_between, turned
 from omnifm.data.readers import Image
+from omnifm.errors import DataError
 from omnifm.tasks.base import Answer
 
-Affine = npt.NDArray[np.float64]
+
+def is_slice(image: Image) -> bool:
+    """Whether an image `(c, rows, columns)` says how it lies, by an affine of (slice, row, column)."""
+    return image.array.ndim == 3 and image.affine is not None
 
 
-def turned(image: Image, like: Affine | None) -> Image:
-    """Return a volume with its axes in the order and directions of `like`; as it is where either says nothing of directions."""
-    turn = _turn(image.affine, like)
-    if turn is None or image.affine is None:
-        return image
-    affine = image.affine @ _nibabel().inv_ornt_aff(turn, image.array.shape[1:])
-    spacing = image.spacing and tuple(image.spacing[int(place)] for place in np.argsort(turn[:, 0]))
-    return replace(image, array=_apply(image.array, turn), spacing=spacing, affine=affine)
+def turned_slice(image: Image, like: Affine | None, axis: int) -> Image:
+    """Return a slice as the slices along `axis` of volumes that lie as `like`.
+
+    Raises:
+        DataError: it lies across them.
+    """
+    volume = turned(replace(image, array=image.array[:, None], spacing=(0.0, *(image.spacing or (1.0, 1.0)))), like)
+    if volume.array.shape[1 + axis] != 1:
+        raise DataError("this slice lies across those that the model was trained on: give the folder of its series")
+    spacing = tuple(step for place, step in enumerate(volume.spacing or ()) if place != axis)
+    return Image(np.take(volume.array, 0, axis=1 + axis), image.spacing and spacing, None, image.bits)
 
 
-def turned_back(answer: Answer, image: Image, like: Affine | None) -> Answer:
-    """Return an answer about `turned(image, like)` along the axes of `image`."""
-    turn = _turn(like, image.affine)
+def turned_back(answer: Answer, image: Image, like: Affine | None, axis: int = 0) -> Answer:
+    """Return an answer about an image as `turned` or `turned_slice` gave it along the axes of the image itself."""
+    turn = turn_between(like, image.affine)
     if turn is None:
         return answer
-    mask = None if answer.mask is None else _apply(answer.mask, turn)
-    return replace(answer, mask=mask, image=None if answer.image is None else _apply(answer.image, turn))
-
-
-def _turn(start: Affine | None, end: Affine | None) -> npt.NDArray[np.float64] | None:
-    """Return nibabel's `(3, 2)` table: new place and direction of each axis; None where nothing is to be done."""
-    if start is None or end is None:
-        return None
-    axes = [_nibabel().io_orientation(affine) for affine in (start, end)]
-    # A degenerate affine leaves an axis without a direction.
-    if any(np.isnan(table).any() for table in axes):
-        return None
-    turn: npt.NDArray[np.float64] = _nibabel().ornt_transform(*axes)
-    return None if np.array_equal(turn, [[0, 1], [1, 1], [2, 1]]) else turn
-
-
-def _apply(array: npt.NDArray[Any], turn: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
-    """Turn the last three axes."""
-    front = array.ndim - 3
-    found: npt.NDArray[Any] = _nibabel().apply_orientation(np.moveaxis(array, range(front), range(3, array.ndim)), turn)
-    return np.ascontiguousarray(np.moveaxis(found, range(3, array.ndim), range(front)))
-
-
-def _nibabel() -> Any:
-    from nibabel import orientations
-
-    return orientations
+    lone = is_slice(image)
+    mask, found = answer.mask, answer.image
+    if mask is not None:
+        mask = apply(np.expand_dims(mask, axis), turn)[0] if lone else apply(mask, turn)
+    if found is not None:
+        found = apply(np.expand_dims(found, 1 + axis), turn)[:, 0] if lone else apply(found, turn)
+    return replace(answer, mask=mask, image=found)

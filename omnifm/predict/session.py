@@ -1,8 +1,7 @@
 """A client's model out of a run's folder, ready to answer."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,17 @@ from torch import Tensor
 
 from omnifm import build
 from omnifm.config import Config, digest, load
-from omnifm.data.cohort import Cohort
-from omnifm.data.partition import ClientPlan, plans_digest
-from omnifm.data.readers import Image, read_image
+from omnifm.data.orient import Affine, Rows, turned
+from omnifm.data.partition import plans_digest
+from omnifm.data.readers import Image, read_image, read_slice
 from omnifm.errors import CheckpointError, ConfigError, DataError
 from omnifm.federation.messages import Request
 from omnifm.federation.rounds import held
 from omnifm.predict.cases import Case
-from omnifm.predict.orient import Affine, turned, turned_back
+from omnifm.predict.orient import is_slice, turned_back, turned_slice
 from omnifm.tasks.base import Answer, Batch, Task
 from omnifm.track.checkpoint import Checkpoint
 from omnifm.track.folder import read_json
-
-_COLUMNS = ("image", "image_b")
-"""Columns of a cohort's manifest that the images of a case correspond to."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Session:
     rounds: int
     _task: Task
     _predict: Callable[[Batch], Tensor]
-    _lies: Callable[[str], Affine | None]
+    _rows: Rows
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -67,17 +63,28 @@ class Session:
             DataError: these files cannot be used; the line names the first.
             ConfigError: no files of this kind can be, with this model.
         """
-        images = [_read(path) for path in case.files]
+        like = self._rows.like
+        images = [_read(path, like) for path in case.files]
         try:
-            like = [None if image.affine is None else self._lies(column) for image, column in zip(images, _COLUMNS, strict=False)]
-            seen = [turned(image, affine) for image, affine in zip(images, like, strict=True)]
+            seen = [self._as_in_training(image, images[0]) for image in images]
             batch = self._task.examples(seen, question, self.client)
             prediction = self._in_parts(batch)
             if not bool(prediction.isfinite().all()):
                 raise DataError("the prediction is not finite")
-            return turned_back(self._task.answer(prediction, batch, seen, self.client), images[0], like[0]), images
+            answer = turned_back(self._task.answer(prediction, batch, seen, self.client), images[0], like, self._axis)
+            return answer, images
         except DataError as error:
             raise DataError(f"{case.files[0]}: {error}") from error
+
+    def _as_in_training(self, image: Image, first: Image) -> Image:
+        """Turn a volume to lie as the client's do; one that does not say how it lies is taken to lie as the first of its case."""
+        if image.affine is None and image.array.ndim == first.array.ndim:
+            image = replace(image, affine=first.affine)
+        return turned_slice(image, self._rows.like, self._axis) if is_slice(image) else turned(image, self._rows.like)
+
+    @property
+    def _axis(self) -> int:
+        return self._rows.cohort.spec.slice_axis or 0
 
     def _in_parts(self, batch: Batch) -> Tensor:
         """Predict a few slices at a time: a volume has hundreds."""
@@ -90,9 +97,11 @@ def _part(batch: Batch, index: Tensor) -> Batch:
     return Batch(batch.image[index], batch.target[index], batch.row[index], side, batch.route)
 
 
-def _read(path: Path) -> Image:
+def _read(path: Path, like: Affine | None) -> Image:
+    # A model of volumes that lie one way needs to know how a slice lies.
+    read = read_slice if like is not None and path.suffix.lower() == ".dcm" and path.is_file() else read_image
     try:
-        return read_image(path)
+        return read(path)
     except DataError as error:
         raise DataError(f"{path}: {str(error).removeprefix(f'{path.name}: ')}") from error
 
@@ -133,11 +142,4 @@ def open_run(folder: Path, client: str, *, best: bool = False) -> Session:
     extra = site.strategy.extra_for_prediction(server, client)
     request = Request("evaluate", rounds, client, tensors, extra, server.told(client))
     plan = next(plan for plan in data.plans if plan.id == client)
-    lies = cache(partial(_affine_of_first, data.cohorts[plan.cohort], plan))
-    return Session(config, client, name, rounds, site.task, site.predictor(request), lies)
-
-
-def _affine_of_first(cohort: Cohort, plan: ClientPlan, column: str) -> Affine | None:
-    """Return the affine of a client's first image; None where it is a picture, or there is none in this column."""
-    row = next(iter((*plan.train, *plan.val, *plan.test)), None)
-    return None if row is None or not cohort.rows[row].value(column) else read_image(cohort.path(row, column)).affine
+    return Session(config, client, name, rounds, site.task, site.predictor(request), Rows(data.cohorts[plan.cohort]))

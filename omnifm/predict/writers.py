@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omnifm.data.readers import NIFTI_SUFFIXES, Image
-from omnifm.errors import DataError
+from omnifm.errors import ConfigError, DataError
 from omnifm.predict import nifti
 from omnifm.tasks.base import Answer
 
@@ -42,6 +42,11 @@ class OutFolder:
             raise DataError(f"{target}: leaves the folder of answers")
         return target
 
+    def forget(self, name: str) -> None:
+        """Remove the file `name` of an earlier batch. Raises DataError: there is one, and no `force`."""
+        self.require_free(name)
+        self._target(name).unlink(missing_ok=True)
+
     def put(self, name: str, write: Callable[[Path], object]) -> str:
         """Let `write` write the file `name`, which appears once it is whole; return the name. Raises DataError if it cannot."""
         self.require_free(name)
@@ -54,6 +59,11 @@ class OutFolder:
             partial.replace(target)
         except OSError as error:
             raise DataError(f"{target}: cannot be written ({error.strerror or error})") from None
+        except (DataError, ConfigError):
+            raise
+        # What libraries raise for an image that their format cannot hold is theirs to choose.
+        except Exception as error:
+            raise DataError(f"{target}: cannot be written ({type(error).__name__})") from error
         finally:
             with suppress(OSError):
                 partial.unlink()

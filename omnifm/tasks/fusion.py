@@ -28,6 +28,7 @@ from omnifm.backbones.u2fusion import U2FusionDecoder, U2FusionEncoder
 from omnifm.backbones.vgg import VggInput, load_vgg16
 from omnifm.config import Real
 from omnifm.data.cache import to_planes, to_slices
+from omnifm.data.orient import lying_as
 from omnifm.data.pairs import ImagePairs, load_pairs, to_rgb, to_ycbcr
 from omnifm.data.readers import Image
 from omnifm.data.resample import resize
@@ -276,9 +277,11 @@ class Fusion(Task):
             raise ConfigError("task fusion reads two images a case and no question: name the second image with --with")
         cohort = cohort_of(self.data, client)
         axis = cohort.spec.slice_axis
-        anatomical, other = (to_slices(image, self._size, c, axis) for image, c in zip(images, (1, 3), strict=True))
-        if len(anatomical) != len(other):
-            raise DataError(f"has {len(anatomical)} slices, its second image {len(other)}")
+        try:
+            pair = (images[0], lying_as(images[1], images[0]))
+        except DataError as error:
+            raise DataError(f"its second image: {error}") from error
+        anatomical, other = (to_slices(image, self._size, c, axis) for image, c in zip(pair, (1, 3), strict=True))
         coloured = to_ycbcr(other)
         luminance = torch.from_numpy(np.concatenate([anatomical, coloured[:, :1]], axis=1))
         side = {"chroma": torch.from_numpy(coloured[:, 1:]), "kind": torch.full((len(other),), self._kinds.index(cohort.name))}

@@ -21,7 +21,11 @@ RUNNER = CliRunner()
 
 def test_check_prints_every_problem_and_fails(tmp_path: Path) -> None:
     folder = classification(tmp_path)
-    assert RUNNER.invoke(app, ["check", str(folder)]).stdout == "tiny: fine; classification, 6 rows (4 train, 1 val, 1 test)\n"
+    result = RUNNER.invoke(app, ["check", str(folder)])
+    assert result.stdout == "tiny: fine; classification, 6 rows (4 train, 1 val, 1 test)\n"
+    assert result.stderr == "note: 6 rows name no patient, so pictures of one person may be in both train and test\n"
+    known = classification(tmp_path / "known", row=lambda i: {"patient": f"p{i}"})
+    assert RUNNER.invoke(app, ["check", str(known)]).stderr == ""
     for k in (1, 4):
         (folder / f"images/{k}.png").unlink()
     result = RUNNER.invoke(app, ["check", str(folder)])

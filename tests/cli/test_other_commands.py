@@ -50,6 +50,15 @@ def test_misuse_is_exit_code_2_and_no_traceback(words: list[str], omnifm: Comman
     assert "Traceback" not in ended.err
 
 
+def test_what_the_system_refuses_is_one_line(omnifm: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **named: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "images/1.png"))
+
+    monkeypatch.setattr("omnifm.data.importers.folder.import_folder", full)
+    words = ("data", "import", "folder", str(tmp_path), str(tmp_path / "c"), "--modality", "CT")
+    assert omnifm(*words).complaint.endswith("images/1.png: No space left on device")
+
+
 def test_no_command_shows_the_help(omnifm: Command) -> None:
     ended = omnifm()
     assert ended.code in (0, 2)

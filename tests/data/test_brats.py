@@ -61,6 +61,30 @@ def test_a_subject_has_one_split_in_all_sequences(tmp_path: Path) -> None:
     assert all(split == splits[0] for split in splits) and set(splits[0].values()) == {"train", "val", "test"}
 
 
+def test_all_time_points_of_a_patient_have_one_split(tmp_path: Path) -> None:
+    for visit in range(2):
+        write(tmp_path / f"{visit}", 12, layout="brats2023")
+    for place in sorted((tmp_path / "1").iterdir()):
+        later = tmp_path / "0" / f"{place.name.removesuffix('-000')}-100"
+        place.rename(later)
+        for file in sorted(later.iterdir()):
+            file.rename(later / file.name.replace(place.name, later.name))
+    (folder,) = import_brats(tmp_path / "0", tmp_path / "out", sequences=["flair"])
+    splits = {row.id: row.split for row in Cohort.read(folder).rows}
+    assert len(splits) == 24 and set(splits.values()) == {"train", "val", "test"}
+    assert all(splits[f"BraTS-GLI-{i:05d}-000"] == splits[f"BraTS-GLI-{i:05d}-100"] for i in range(12))
+
+
+def test_a_mask_on_another_grid_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "src", 1)
+    path = source / "FeTS2022_00000/FeTS2022_00000_seg.nii.gz"
+    elsewhere = AFFINE.copy()
+    elsewhere[0, 3] += 8
+    nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(path).dataobj), elsewhere), path)
+    with pytest.raises(DataError, match=r"lies up to 8\.0 mm from where the image lies"):
+        import_brats(source, tmp_path / "out")
+
+
 def test_institutions_are_sites_and_so_clients(tmp_path: Path) -> None:
     source = write(tmp_path / "src", 12)
     table(source, 1, [1] * 6 + [18] * 6)

@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from omnifm.data import cache
+from omnifm.data import cache, orient
 from omnifm.data.cache import default_cache_dir, load_images, to_slices, unit_range
 from omnifm.data.cohort import Cohort, Row, write_cohort
 from omnifm.data.readers import Image
+from omnifm.data.vetted import require_vetted
 from omnifm.errors import DataError
 from tests.data import load_worker
 from tests.data.builders import classification, noise, save_png, spec
+from tests.predict.files import series
 
 
 def image(array: np.ndarray, bits: int = 8) -> Image:
@@ -131,9 +133,37 @@ def test_a_second_start_decodes_and_reads_nothing(tmp_path: Path, monkeypatch: p
     def forbidden(path: Path) -> None:
         raise AssertionError(f"{path} read again")
 
-    monkeypatch.setattr(cache, "read_image", forbidden)
+    monkeypatch.setattr(orient, "read_image", forbidden)
     monkeypatch.setattr(cache, "sha256", forbidden)
     np.testing.assert_array_equal(load_images(cohort, 8, 1, tmp_path / "k").pixels, first.pixels)
+
+
+def test_new_content_of_the_same_size_and_time_is_seen(tmp_path: Path) -> None:
+    cohort = Cohort.read(classification(tmp_path / "c", row=lambda i: {} if i else {"image": "x.npy"}))
+    path = cohort.folder / "x.npy"
+    np.save(path, np.eye(8))
+    first = load_images(cohort, 8, 1, tmp_path / "k").pixels[0].copy()
+    require_vetted([cohort], tmp_path / "k")
+    stat = path.stat()
+    np.save(path, np.where(np.eye(8)[::-1] > 0, np.nan, 0))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as cp -p and rsync -t do
+    assert path.stat().st_size == stat.st_size
+    with pytest.raises(DataError, match="holds NaN"):
+        require_vetted([cohort], tmp_path / "k")
+    np.save(path, np.eye(8)[::-1])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    np.testing.assert_array_equal(load_images(cohort, 8, 1, tmp_path / "k").pixels[0], first[:, ::-1])
+
+
+def test_a_slice_that_is_written_anew_is_looked_at_again(tmp_path: Path) -> None:
+    cohort = Cohort.read(classification(tmp_path / "c", slice_axis=0, row=lambda i: {} if i else {"image": "ct"}))
+    folder = series(cohort.folder / "ct", noise(3, 5, 5), (0, 1, 2))
+    require_vetted([cohort], tmp_path / "k")
+    whole = (folder / "IM1.dcm").read_bytes()
+    with (folder / "IM1.dcm").open("r+b") as stream:
+        stream.truncate(len(whole) - 20)
+    with pytest.raises(DataError, match=r"image 'ct': IM1\.dcm: pixel data cannot be decoded"):
+        require_vetted([cohort], tmp_path / "k")
 
 
 def test_new_content_or_parameters_make_a_new_cache(tmp_path: Path) -> None:

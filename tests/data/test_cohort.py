@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from omnifm.data.cohort import Cohort, CohortSpec, Row, scan, write_cohort
 from omnifm.data.manifest import manifest_text, outside_reason, read_manifest, resolve_inside
+from omnifm.data.partition import partition
 from omnifm.errors import DataError
 from tests.data.builders import classification, spec
 
@@ -149,6 +150,19 @@ def test_empty_splits_are_filled_by_patient_whatever_the_order(tmp_path: Path) -
     assert {r.id: r.split for r in one.rows} == {r.id: r.split for r in two.rows}
     assert len({(r.patient, r.split) for r in one.rows}) == 30
     assert {r.id: r.split for r in Cohort.read(tmp_path / "1", seed=1).rows} != {r.id: r.split for r in one.rows}
+
+
+def test_questions_about_one_image_are_in_one_split_though_no_patient_is_known(tmp_path: Path) -> None:
+    rows = [Row(f"q{i:03d}", image=f"{i // 4}.png", question=f"{i}?", answer="yes", answer_type="closed") for i in range(160)]
+    keys = spec(task="vqa", classes=None)
+    one = Cohort.read(write_cohort(tmp_path / "1", keys, rows))
+    assert {r.split for r in one.rows} == {"train", "val", "test"}
+    assert len({(r.image, r.split) for r in one.rows}) == 40
+    two = Cohort.read(write_cohort(tmp_path / "2", keys, rows[::-1]))
+    assert {r.id: r.split for r in one.rows} == {r.id: r.split for r in two.rows}
+    for plan in (plans := partition(one, clients=3, kind="iid", gamma=0.0, seed=0)):
+        own = {one.rows[i].image for i in plan.train}
+        assert not any(own & {one.rows[i].image for i in other.train} for other in plans if other is not plan)
 
 
 def test_the_spec_is_frozen_and_knows_the_format() -> None:

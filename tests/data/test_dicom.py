@@ -7,9 +7,16 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+from pydicom.uid import (
+    BasicTextSRStorage,
+    ExplicitVRLittleEndian,
+    SecondaryCaptureImageStorage,
+    SegmentationStorage,
+    generate_uid,
+)
 
-from omnifm.data.readers import read_image
+from omnifm.data.dicom import is_series
+from omnifm.data.readers import read_image, read_mask
 from omnifm.errors import DataError
 
 NAME = "Secret^Patient"
@@ -81,6 +88,68 @@ def test_several_frames_are_a_volume_with_their_own_slopes(tmp_path: Path) -> No
         groups.append(group)
     enhanced = read_image(write(tmp_path / "e.dcm", frames, PerFrameFunctionalGroupsSequence=groups))
     np.testing.assert_array_equal(enhanced.array[0], frames * np.array([1.0, 10.0]).reshape(2, 1, 1) - 5)
+
+
+def item(**tags: Any) -> Dataset:
+    found = Dataset()
+    for tag, value in tags.items():
+        setattr(found, tag, value)
+    return found
+
+
+def enhanced(path: Path, places: list[float], **tags: Any) -> Path:
+    """Write axial frames of one file; frame k, whose values tell its place, lies at z = places[k]."""
+    plane = item(PlaneOrientationSequence=[item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])])
+    plane.PixelMeasuresSequence = [item(PixelSpacing=[0.5, 0.75], SliceThickness=5)]
+    frames = [item(PlanePositionSequence=[item(ImagePositionPatient=[1, 2, z])]) for z in places]
+    pixels = np.stack([PLANE + round(10 * z) for z in places]).astype(np.uint16)
+    groups = {"SharedFunctionalGroupsSequence": [plane], "PerFrameFunctionalGroupsSequence": frames}
+    return write(path, pixels, **(groups | tags))
+
+
+def test_frames_that_state_their_places_are_put_in_order(tmp_path: Path) -> None:
+    image = read_image(enhanced(tmp_path / "e.dcm", [0, 5, 2.5, 7.5]))
+    np.testing.assert_array_equal(image.array[0], [PLANE + z for z in (0, 25, 50, 75)])
+    assert image.spacing == (2.5, 0.5, 0.75)
+    assert image.affine is not None
+    # Slice 2, row 1, column 3: x = 1 + 3*.75, y = 2 + 1*.5, z = 5 (LPS), then RAS+.
+    np.testing.assert_allclose(image.affine @ [2, 1, 3, 1], [-3.25, -2.5, 5.0, 1.0])
+    for places, text in (
+        ([0, 2, 2, 4], "two frames lie at the same position: keep one volume per file"),
+        ([0, 2, 6, 8], "frames are not evenly"),
+    ):
+        with pytest.raises(DataError, match=text):
+            read_image(enhanced(tmp_path / "e.dcm", places))
+
+
+def test_a_negative_distance_is_a_distance(tmp_path: Path) -> None:
+    path = write(tmp_path / "nm.dcm", np.stack([PLANE, PLANE]), PixelSpacing=[1, 2], SpacingBetweenSlices=-4.5)
+    assert read_image(path).spacing == (4.5, 1.0, 2.0)
+
+
+def test_a_segmentation_is_no_image_and_no_slice(tmp_path: Path) -> None:
+    folder = series(tmp_path / "s", [0, 2, 4])
+    expected = read_image(folder).array
+    seg = write(folder / "seg.dcm", np.stack([PLANE] * 3), SOPClassUID=SegmentationStorage)
+    report = write(folder / "report.dcm", PLANE, SOPClassUID=BasicTextSRStorage)
+    text = pydicom.dcmread(report)
+    del text.PixelData, text.Rows, text.Columns
+    text.save_as(report)
+    (folder / "._0.dcm").write_bytes(b"a Mac's notes")
+    assert is_series(folder)
+    np.testing.assert_array_equal(read_image(folder).array, expected)
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError, match=r"seg\.dcm: is a DICOM segmentation, whose frames are segments: export it as NIfTI"):
+            read(seg)
+
+
+def test_the_one_bad_slice_of_many_is_named(tmp_path: Path) -> None:
+    folder = series(tmp_path / "s", [0, 2, 4])
+    whole = (folder / "7.dcm").read_bytes()
+    for damaged in (whole[:-6], whole[:200], b"x" * 200):
+        (folder / "7.dcm").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"^s: 7\.dcm: "):
+            read_image(folder)
 
 
 def series(folder: Path, positions: list[float], **tags: Any) -> Path:

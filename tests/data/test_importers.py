@@ -16,6 +16,7 @@ from omnifm.data.readers import read_image
 from omnifm.data.validate import validate
 from omnifm.errors import DataError
 from tests.data.builders import noise, save_png
+from tests.predict.files import series
 
 ABOUT = Provenance("Pictures")
 
@@ -111,6 +112,18 @@ def test_class_folders_without_splits(tmp_path: Path) -> None:
     assert len({(r.patient, r.split) for r in cohort.rows}) == 10
 
 
+def test_slices_of_a_scan_are_one_patients_and_the_rest_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for label in "ab":
+        for scan in range(8):
+            series(tmp_path / f"s/{label}/{scan}/ct", noise(3, 5, 5, stream=scan), (0, 1, 2))
+    rows = Cohort.read(import_folder(tmp_path / "s", tmp_path / "o", modality="CT", provenance=ABOUT)).rows
+    assert {row.patient for row in rows} == {f"{label}/{scan}" for label in "ab" for scan in range(8)}
+    assert len({(row.patient, row.split) for row in rows}) == 16 and not caplog.messages
+    tree(tmp_path / "s", "a/deep/1.png")
+    import_folder(tmp_path / "s", tmp_path / "p", modality="CT", provenance=ABOUT)
+    assert "1 pictures name no patient (--patient): one person's may be in both train and test" in caplog.text
+
+
 def test_split_folders_by_any_of_their_names(tmp_path: Path) -> None:
     source = tree(tmp_path / "s", "Training/a/1.png", "Training/b/2.png", "valid/a/1.png", "Testing/b/deep/1.png")
     cohort = Cohort.read(import_folder(source, tmp_path / "o", modality="CT", provenance=ABOUT))
@@ -155,6 +168,13 @@ def test_trees_that_are_no_cohort(tmp_path: Path, paths: tuple[str, ...], option
     with pytest.raises(DataError, match=text) as caught:
         import_folder(source, tmp_path / "o", **{"modality": "CT", "provenance": ABOUT, **options})
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    tree(tmp_path / "s", "a/1.png", "b/2.png")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/new: cannot be made \(Not a directory\)"):
+        import_folder(tmp_path / "s", tmp_path / "file/new", modality="CT", provenance=ABOUT)
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:

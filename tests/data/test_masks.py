@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import nibabel
@@ -84,7 +85,16 @@ def test_the_cache_follows_the_content(tmp_path: Path) -> None:
     assert not first.any() and second.any() and len(list((tmp_path / "cache").glob("*-mask-*.npy"))) == 2
 
 
+def test_a_damaged_cache_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cohort = pictures(tmp_path, np.eye(8, 12))
+    expected = load_masks(cohort, 8, tmp_path / "cache").labels.copy()
+    (pixels,) = (tmp_path / "cache").glob("*-mask-*.npy")
+    os.truncate(pixels, pixels.stat().st_size - 9)
+    np.testing.assert_array_equal(load_masks(cohort, 8, tmp_path / "cache").labels, expected)
+    assert "damaged" in caplog.text and expected.any()
+
+
 def test_a_mask_that_cannot_be_is_named(tmp_path: Path) -> None:
     cohort = pictures(tmp_path, np.zeros((8, 11)))
-    with pytest.raises(DataError, match=r"cohort tiny: row 'a': mask has shape \(8, 11\), the image \(8, 12\)"):
+    with pytest.raises(DataError, match=r"cohort tiny: row 'a': mask size 8 x 11 differs from the image's 8 x 12"):
         load_masks(cohort, 8, tmp_path / "cache")

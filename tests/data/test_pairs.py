@@ -68,7 +68,7 @@ def test_volumes_of_unequal_depth_are_no_pair(tmp_path: Path) -> None:
     keys = spec(task="fusion", modality="CT-MRI", classes=None, slice_axis=0)
     try:
         cohort = Cohort.read(write_cohort(tmp_path / "c", keys, rows))
-        with pytest.raises(DataError, match="row 'v': image has 3 slices, image_b 4"):
+        with pytest.raises(DataError, match="row 'v': image_b size 4 x 8 x 8 differs from the image's 3 x 8 x 8"):
             load_pairs(cohort, 8, tmp_path / "cache")
     finally:
         np.save(tmp_path / "c/b.npy", noise(3, 8, 8, stream=1))

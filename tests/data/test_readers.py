@@ -73,6 +73,74 @@ def test_tiff_where_white_is_zero(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(tmp_path / "x.tif").array[0], 255.0 - GREY)
 
 
+def test_tiff_where_white_is_zero_in_one_bit_and_in_sixteen_compressed(tmp_path: Path) -> None:
+    drawn = GREY > 200
+    tifffile.imwrite(tmp_path / "bits.tif", ~drawn, photometric="miniswhite")
+    np.testing.assert_array_equal(read_mask(tmp_path / "bits.tif"), drawn)
+    frame = Pillow.fromarray(65535 - DEEP)
+    frame.save(tmp_path / "deep.tif", compression="tiff_lzw", tiffinfo={262: 0})
+    np.testing.assert_array_equal(read_image(tmp_path / "deep.tif").array[0], DEEP)
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
+def test_tiff_in_other_colours_is_what_pillow_shows(tmp_path: Path, mode: str, compression: str) -> None:
+    red = Pillow.new("RGB", (4, 3), (219, 40, 58))
+    red.convert(mode).save(tmp_path / "x.tif", compression=compression)
+    found = read_image(tmp_path / "x.tif").array[:, 1, 1]
+    np.testing.assert_allclose(found, (219, 40, 58), atol=4)
+
+
+def test_tiff_channels_are_dropped_only_where_they_are_transparency(tmp_path: Path) -> None:
+    opaque = np.dstack([COLOUR, np.full(COLOUR.shape[:2], 255, np.uint8)])
+    tifffile.imwrite(tmp_path / "rgba.tif", opaque, photometric="rgb", extrasamples=["unassalpha"])
+    np.testing.assert_array_equal(read_image(tmp_path / "rgba.tif").array, first(COLOUR))
+    for channels in (2, 4):
+        stack = noise(channels, 6, 9, stream=5)
+        tifffile.imwrite(tmp_path / "stains.tif", stack, imagej=True, metadata={"axes": "CYX"})
+        with pytest.raises(DataError, match=r"stains.tif: shape \(.*\) is not one or three channels"):
+            read_image(tmp_path / "stains.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.tif", "lzw.tif"])
+def test_pictures_lie_as_a_viewer_shows_them(tmp_path: Path, name: str, orientation: int) -> None:
+    """EXIF 2.32, table of tag 274: which side of the stored picture is the visual top and which the visual left."""
+    stored = np.zeros((16, 24), np.uint8)
+    stored[:8, :8] = 250
+    seen = {1: 0, 2: 1, 3: 3, 4: 2, 5: 0, 6: 1, 7: 3, 8: 2}[orientation]
+    exif = Pillow.Exif()
+    exif[274] = orientation
+    Pillow.fromarray(stored).save(tmp_path / name, exif=exif, **({"compression": "tiff_lzw"} if name == "lzw.tif" else {}))
+    array = read_image(tmp_path / name).array[0]
+    assert array.shape == ((24, 16) if orientation > 4 else (16, 24))
+    corners = [array[2, 2], array[2, -3], array[-3, 2], array[-3, -3]]
+    assert int(np.argmax(corners)) == seen and sorted(corners)[2] < 30
+
+
+def test_nifti_that_does_not_say_how_it_lies_and_one_in_microns(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(VOLUME, np.diag([2.0, 3.0, 4.0, 1.0]))
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    nibabel.save(image, tmp_path / "silent.nii")
+    found = read_image(tmp_path / "silent.nii")
+    assert found.affine is None and found.spacing == (2.0, 3.0, 4.0)
+    image = nibabel.Nifti1Image(VOLUME, np.diag([2.0, 3.0, 4.0, 1.0]))
+    image.header.set_xyzt_units("micron")
+    nibabel.save(image, tmp_path / "small.nii")
+    found = read_image(tmp_path / "small.nii")
+    assert found.affine is not None and found.spacing is not None
+    np.testing.assert_allclose(found.spacing, (0.002, 0.003, 0.004))
+    np.testing.assert_allclose(np.diag(found.affine), (0.002, 0.003, 0.004, 1))
+
+
+def test_paths_that_cannot_be_opened_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot be read \(OSError: .*too long"):
+        read_image(tmp_path / ("x" * 300 + ".png"))
+    with pytest.raises(DataError, match=r"^x: not a PNG"):
+        read_image(tmp_path / "x")
+
+
 def test_stacks_are_volumes(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "x.tif", VOLUME, photometric="minisblack")
     frames = [Pillow.fromarray(plane) for plane in VOLUME]

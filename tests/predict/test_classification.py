@@ -139,6 +139,15 @@ def test_one_answer_that_is_there_stops_no_other(omnifm: Command, finished: Fini
     assert (tmp_path / "out/b.json").is_file()
 
 
+def test_what_fails_under_force_leaves_no_answer_of_another_model(omnifm: Command, finished: Finished, tmp_path: Path) -> None:
+    picture(tmp_path / "in/a.png")
+    words = ("in", "--client", CLIENT, "--out", "out", "--force")
+    assert omnifm("predict", finished("fedavg"), *words).code == 0 and (tmp_path / "out/a.json").is_file()
+    (tmp_path / "in/a.png").write_bytes(b"damaged")
+    assert omnifm("predict", finished("omnifm"), *words).code == 1
+    assert not (tmp_path / "out/a.json").exists()
+
+
 def test_a_volume_of_another_kind_is_one_line(omnifm: Command, finished: Finished, tmp_path: Path) -> None:
     folder = series(tmp_path / "ct", np.arange(3 * 6 * 5).reshape(3, 6, 5), (2, 0, 1))
     ended = omnifm("predict", finished("fedavg"), folder, "--client", CLIENT, "--out", "out")

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from pydicom.uid import DigitalXRayImageStorageForPresentation, SecondaryCaptureImageStorage
+from pydicom.uid import DigitalXRayImageStorageForPresentation, EnhancedCTImageStorage, SecondaryCaptureImageStorage
 
 from omnifm.data.dicom import is_series
 from omnifm.data.readers import read_image
 from omnifm.errors import ConfigError, DataError
 from omnifm.predict.writers import OutFolder, write_answer
 from omnifm.tasks.base import Answer
+from tests.data.test_dicom import item
 from tests.predict.files import ALONG_COLUMN, ALONG_ROW, GAP, ORIGIN, SPACING, dicom, position, series
 
 CLASSES = ("background", "Läsion λ", "edema", "absent")
@@ -129,6 +130,31 @@ def test_a_single_slice_and_a_film_without_a_place(tmp_path: Path) -> None:
     for number, frame in by_segment.items():
         np.testing.assert_array_equal(frame, mask == number)
     assert set(by_segment) == {1, 2}
+
+
+def test_frames_of_one_file_are_marked_where_they_are_whatever_their_order(tmp_path: Path) -> None:
+    order = (3, 0, 4, 1, 2)
+    place = [item(PlanePositionSequence=[item(ImagePositionPatient=position(k, 0, 0).round(6).tolist())]) for k in order]
+    shared = item(PlaneOrientationSequence=[item(ImageOrientationPatient=[*ALONG_ROW, *ALONG_COLUMN])])
+    shared.PixelMeasuresSequence = [item(PixelSpacing=list(SPACING), SliceThickness=2.0)]
+    groups = {"SharedFunctionalGroupsSequence": [shared], "PerFrameFunctionalGroupsSequence": place}
+    path = dicom(tmp_path / "e.dcm", VOLUME[list(order)], SOPClassUID=EnhancedCTImageStorage, NumberOfFrames=5, **groups)
+    np.testing.assert_array_equal(read_image(path).array[0], VOLUME)
+    mask = label(VOLUME)
+    expected = {tuple(np.round(position(*index), 2).tolist()): int(mask[tuple(index)]) for index in np.argwhere(mask)}
+    assert voxels(write(tmp_path / "out", path)) == expected
+
+
+def test_a_malformed_attribute_of_the_patient_is_told_without_its_value(tmp_path: Path) -> None:
+    folder = series(tmp_path / "ct", VOLUME, (0, 1, 2, 3, 4))
+    for file in folder.iterdir():
+        sloppy = pydicom.dcmread(file)
+        with pydicom.config.disable_value_validation():
+            sloppy["PatientBirthDate"]._value = "1950-03-07 Smith"
+            sloppy.save_as(file)
+    with pytest.raises(DataError, match="an attribute of patient or study may be malformed") as caught:
+        write(tmp_path / "out", folder)
+    assert "Smith" not in str(caught.value) and caught.value.__cause__ is None
 
 
 def test_exports_that_lack_what_may_be_empty_are_fine_and_what_may_not_be_is_one_line(tmp_path: Path) -> None:

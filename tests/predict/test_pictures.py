@@ -173,6 +173,9 @@ def test_pairs_that_do_not_fit_and_a_second_image_that_is_missing(
     assert "task fusion reads two images a case" in omnifm(*words).complaint
     ended = omnifm(*words, "--with", "none.png")
     assert (ended.code, ended.err) == (1, "omnifm: none.png: file is missing\n")
+    Pillow.fromarray((255 * waves(20, 90)).astype(np.uint8)).save(tmp_path / "b.png")
+    ended = omnifm(*words, "--with", "b.png", "--force")
+    assert (ended.code, ended.err) == (1, "omnifm: a.png: its second image: size 20 x 90 differs from the image's 40 x 40\n")
 
 
 # --------------------------------------------------------------------------- questions

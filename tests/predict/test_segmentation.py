@@ -30,6 +30,16 @@ STORED = rotated_affine()
 """How the training volumes lie, and what `write_nifti` writes."""
 
 
+LPS = STORED[:3, :3] / np.linalg.norm(STORED[:3, :3], axis=0) * np.array([[-1], [-1], [1]])
+"""Directions of their slices, rows and columns as DICOM counts: left and posterior."""
+
+
+def slice_file(path: Path, plane: np.ndarray, along_row: np.ndarray, along_column: np.ndarray, **tags: Any) -> Path:
+    orientation = [float(f"{v:.6f}") for v in (*along_row, *along_column)]
+    geometry = {"ImageOrientationPatient": orientation, "ImagePositionPatient": [0, 0, 0], "PixelSpacing": [1, 1]}
+    return dicom(path, plane, **(geometry | tags))
+
+
 def phantom(stream: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a volume 0..1000 with a bright and a grey box on noise, and which is which. No box is in the middle."""
     rng = np.random.default_rng(stream)
@@ -134,8 +144,7 @@ def test_the_same_volume_stored_otherwise_gets_the_same_mask(
 def test_a_dicom_slice_and_a_png(trained: Path, omnifm: Command, tmp_path: Path) -> None:
     volume, truth = phantom(3)
     place = int(np.argmax([(truth[k] == 1).sum() * (truth[k] == 2).sum() for k in range(SHAPE[0])]))
-    dicom(tmp_path / "slice.dcm", volume[place], ImageOrientationPatient=[1, 0, 0, 0, 1, 0], ImagePositionPatient=[0, 0, 0],
-          PixelSpacing=[2, 3], SliceThickness=4)  # fmt: skip
+    slice_file(tmp_path / "slice.dcm", volume[place], *LPS[:, [2, 1]].T, PixelSpacing=[2, 3], SliceThickness=4)
     Pillow.fromarray((volume[place] / 4).astype(np.uint8)).save(tmp_path / "shot.png")
     assert omnifm("predict", trained, "slice.dcm", "shot.png", "--client", CLIENT, "--out", "out").code == 0
     assert read_mask(tmp_path / "out/shot-mask.png").shape == SHAPE[1:]
@@ -143,7 +152,24 @@ def test_a_dicom_slice_and_a_png(trained: Path, omnifm: Command, tmp_path: Path)
     assert said["area_mm2"] == {name: pytest.approx(6.0 * count) for name, count in said["samples"].items()}
     marked = voxels(pydicom.dcmread(tmp_path / "out/slice-mask.dcm"))
     assert len(marked) == said["samples"]["bright"] + said["samples"]["grey"]
-    assert all(x % 3 == 0 and y % 2 == 0 for x, y, _ in marked)
+    along = np.array(list(marked)) @ LPS[:, [2, 1]] / (3, 2)
+    np.testing.assert_allclose(along, np.rint(along), atol=0.01)
+
+
+def test_a_slice_is_seen_as_the_slices_of_training_however_it_is_stored(trained: Path, omnifm: Command, tmp_path: Path) -> None:
+    """A volume's slice as DICOM: with rows and columns as in training, exchanged and backwards, and cut across."""
+    volume, _ = phantom(8)
+    plane = volume[2]
+    slice_file(tmp_path / "a.dcm", plane, LPS[:, 2], LPS[:, 1])
+    slice_file(tmp_path / "b.dcm", plane.T[::-1], LPS[:, 1], -LPS[:, 2])
+    slice_file(tmp_path / "c.dcm", volume[:, 3], LPS[:, 2], LPS[:, 0])
+    session = open_run(trained, CLIENT)
+    (a, _), (b, seen) = (session.answer(Case(name, (tmp_path / f"{name}.dcm",))) for name in "ab")
+    assert a.mask is not None and b.mask is not None and len(np.unique(a.mask)) > 1
+    np.testing.assert_array_equal(b.mask, a.mask.T[::-1])
+    assert b.mask.shape == seen[0].array.shape[1:] and a.facts["area_mm2"] == b.facts["area_mm2"]
+    ended = omnifm("predict", trained, "c.dcm", "--client", CLIENT, "--out", "out")
+    assert "c.dcm: this slice lies across those that the model was trained on: give the folder of its series" in ended.err
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

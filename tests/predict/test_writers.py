@@ -142,6 +142,13 @@ def test_nothing_is_replaced_and_nothing_half_written_stays(tmp_path: Path) -> N
 
     with pytest.raises(DataError, match=r"out/sub/b\.json: cannot be written \(No space left on device\)"):
         out.put("sub/b.json", half)
+
+    def refused(path: Path) -> None:
+        path.write_text("ha")
+        raise KeyError("zooms")
+
+    with pytest.raises(DataError, match=r"out/sub/b\.nii: cannot be written \(KeyError\)"):
+        out.put("sub/b.nii", refused)
     assert [p.name for p in (tmp_path / "out").rglob("*") if p.is_file()] == ["a.json"]
     assert json.loads((tmp_path / "out/a.json").read_text()) == {"x": 1}
     with pytest.raises(DataError, match="leaves the folder of answers"):

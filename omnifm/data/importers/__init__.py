@@ -30,11 +30,14 @@ def new_folder(folder: Path) -> Path:
     """Make the folder of a new cohort.
 
     Raises:
-        DataError: it holds something already, or is a file.
+        DataError: it holds something already, is a file, or cannot be made.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder}: is not empty; an import writes into a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made ({error.strerror})") from error
     return folder
 
 

@@ -6,7 +6,7 @@
 
 The cohort format has one image per row, so each sequence becomes a cohort: `FOLDER/brats_t1`, ... One with the institutions
 as clients (`partition = "natural"`) is FeTS; all four, one client each, are the cross-modality variant. Rows carry the subject
-as patient, and the reader splits by patient, so a subject is in the same split in all four.
+as patient, whatever the time point, and the reader splits by patient, so a subject is in the same split in all four.
 
 Labels: 1 necrotic core (NCR), 2 oedema (ED), 4 or 3 enhancing tumour (ET), which becomes 3. ET with both numbers is refused.
 """
@@ -29,6 +29,7 @@ SEQUENCES = ("t1", "t1ce", "t2", "flair")
 CLASSES = ("background", "NCR", "ED", "ET")
 _NAMES = {"t1": "t1|t1n", "t1ce": "t1ce|t1c", "t2": "t2|t2w", "flair": "flair|t2f", "seg": "seg"}
 _SUFFIX = re.compile(r"[_-](?P<kind>[A-Za-z0-9]+)\.nii(\.gz)?")
+_TIME_POINT = re.compile(r"(?P<patient>BraTS-[A-Za-z]+-\d+)-\d+")
 _PROVENANCE = {
     "licence": "unverified",
     "redistribution": "testing-only",
@@ -154,7 +155,13 @@ def _write(folder: Path, name: str, subject: _Subject, labels: Any) -> Row:
         (folder / part).mkdir(parents=True, exist_ok=True)
     shutil.copyfile(subject.files[name], folder / image)
     nibabel.save(labels, folder / mask)
-    return Row(id=subject.id, patient=subject.id, site=subject.site, image=image, mask=mask)
+    return Row(id=subject.id, patient=_patient(subject.id), site=subject.site, image=image, mask=mask)
+
+
+def _patient(subject: str) -> str:
+    """Return whom a folder is about: BraTS 2023 and later add a time point to the number, `BraTS-GLI-00000-000`."""
+    match = _TIME_POINT.fullmatch(subject)
+    return match["patient"] if match else subject
 
 
 def _finish(folder: Path, name: str, rows: list[Row]) -> Path:

@@ -41,7 +41,7 @@ def import_folder(
         provenance: title, licence and the like.
         task: `classification` or `super_resolution`.
         patient_pattern: a regular expression searched in each path below SRC; its first group (or all it matches) is the
-            patient. Empty: unknown.
+            patient. Empty: unknown, but `.dcm` files in a folder below the class's are taken for one patient's.
         slice_axis: for volumes.
         progress: called with pictures copied and pictures in all.
 
@@ -54,6 +54,8 @@ def import_folder(
     splits = {path.parts[0] for path in paths}
     split_layout = all(part.lower() in SPLIT_NAMES for part in splits) and all(len(path.parts) > 1 for path in paths)
     rows = [_row(path, split_layout, task, _compiled(patient_pattern)) for path in paths]
+    if not split_layout and (unknown := sum(not row.patient for row in rows)):
+        log.warning("%s: %d pictures name no patient (--patient): one person's may be in both train and test", source, unknown)
     classes = sorted({row.label for row in rows if row.label})
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", folder.resolve().name)
     keys = {"name": name, "task": task, "modality": modality, "classes": classes, "slice_axis": slice_axis}
@@ -95,10 +97,13 @@ def _row(path: PurePosixPath, split_layout: bool, task: str, patient: re.Pattern
     folders = folders[1:] if split_layout else folders
     if task == "classification" and not folders:
         raise DataError(f"{path}: lies in no class folder (SRC/class/* or SRC/train/class/*)")
+    below = folders[1:] if task == "classification" else folders
+    # Slices of one scan are of one person, though nothing said who that is: the folder below the class stands for the person.
+    scan = "/".join(folders[: len(folders) - len(below) + 1]) if below and path.suffix.lower() == ".dcm" else ""
     return Row(
         id=str(path),
         split=split,
-        patient=_patient(path, patient) if patient else "",
+        patient=_patient(path, patient) if patient else scan,
         image=f"images/{path}",
         label=folders[0] if task == "classification" else "",
     )
