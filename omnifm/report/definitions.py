@@ -10,7 +10,8 @@ _METRICS = {
     ),
     "auc_classes_skipped": (
         "classes left out of the AUC",
-        "How many classes the AUC leaves out because they never occur, or always do, in the test set. A count, not a score.",
+        "How many classes the AUC leaves out because they never occur, or always do, in the test set. A count, not a score. "
+        "Of own models: added up over the clients.",
     ),
     "f1_union": (
         "macro-F1 (all labels)",
@@ -23,8 +24,16 @@ _METRICS = {
         "The larger of the two directed 95th percentiles of surface distances, in mm for volumes, in pixels of the network's "
         "grid. A missed structure counts the diagonal of the image. Less is better.",
     ),
-    "missed": ("missed structures", "Structures that are in the truth or in the prediction alone. A count, not a score."),
-    "empty_cases": ("empty structures", "Structures absent from truth and prediction alike. A count, not a score."),
+    "missed": (
+        "missed structures",
+        "Structures that are in the truth or in the prediction alone. A count, not a score; of all clients together.",
+    ),
+    "empty_cases": (
+        "empty structures",
+        "Structures absent from truth and prediction alike. A count, not a score; of all clients together.",
+    ),
+    "capped": ("equal images", "Images whose PSNR was cut off at 100 dB. A count, not a score; of all clients together."),
+    "undefined": ("undefined", "Pairs of which some score is undefined. A count, not a score; of all clients together."),
     "psnr": ("PSNR", "10 log10(255² / MSE) in dB on luminance rounded to 8 bits, a border as wide as the factor left out."),
     "ssim": ("SSIM", "Structural similarity, Gaussian window of 11 pixels; which images it compares is in the task's page."),
     "vif": ("VIF", "Visual information fidelity of the fused image against its two sources, mean over the two, on 0 to 255."),
@@ -38,9 +47,13 @@ VIEWS = {
     "personal": (
         "own models",
         "Each client's own model (the shared part and what it keeps to itself) on that client's own test images; the mean over "
-        "clients, weighted by their number of test images.",
+        "clients, weighted by their number of test images (of closed questions, where the score is over those). Counts are "
+        "added up.",
     ),
-    "worst": ("worst client", "The worst of the clients' own-model scores: what the least served hospital gets."),
+    "worst": (
+        "worst client",
+        "The worst of the clients' own-model scores: what the least served hospital gets. Counts have none.",
+    ),
     "global": (
         "one global model",
         "The single shared model on all clients' test images together. Undefined for a method that has no such model.",
@@ -111,7 +124,7 @@ COMPARISON = (
     ),
 )
 
-_COUNTS = frozenset({"auc_classes_skipped", "missed", "empty_cases", "capped"})
+_COUNTS = frozenset({"auc_classes_skipped", "missed", "empty_cases", "capped", "undefined"})
 
 # Scores for which less is better; everything else is better when larger.
 _LOWER_IS_BETTER = frozenset({"loss", "hd95", "asd", "rmse", "mae", "lpips", "ece"})

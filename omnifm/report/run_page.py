@@ -135,7 +135,10 @@ def _reference_table(references: dict[str, dict[str, Scores | None]], names: Seq
 def _score_cells(scores: Scores | None, names: Sequence[str]) -> list[Cell]:
     if scores is None:
         return [Cell("none", "muted") for _ in names]
-    return [number_cell(scores.get(name), "strong" if i == 0 else "") for i, name in enumerate(names)]
+    return [
+        number_cell(scores[name], "strong" if i == 0 else "") if name in scores else Cell("none", "muted")
+        for i, name in enumerate(names)
+    ]
 
 
 def _curves(run: Run) -> Section:

@@ -1,5 +1,6 @@
 """A federation of several tasks on the simulated atlas: who holds what, what is averaged, and that each task stays itself."""
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from omnifm import build, run
+from omnifm import build, run, seeds
 from omnifm.config import parse
 from omnifm.errors import ConfigError
 from omnifm.federation.messages import Request
 from omnifm.federation.store import ClientStore
+from omnifm.metrics.fusion import FusionMetric
 from omnifm.tasks.base import Task
 from omnifm.tasks.mixed import Mixed, MixedHead, MixedMetric
 from tests.tasks.atlas import COHORTS, make_cohorts
@@ -125,6 +127,15 @@ def test_states_of_several_tasks_merge_each_with_its_own(atlas: Path, tmp_path: 
     found = union.compute()
     assert {n: v for n, v in found.items() if n != "score"} == pytest.approx({n: v for n, v in expected.items() if n != "score"})
     assert found["score"] == pytest.approx((found["classification/accuracy"] + found["fusion/vif"]) / 2)  # type: ignore[operator]
+    assert union.counts == {"classification/auc_classes_skipped", "fusion/undefined"} <= found.keys()
+
+
+def test_shares_carry_the_tasks_name() -> None:
+    picture = torch.rand(1, 2, 48, 48, generator=seeds.generator(0, "pictures"))
+    metric = MixedMetric({"fusion": FusionMetric()}, {"fusion": ("vif", 1.0)})
+    for fused in (picture[:, :1], picture.mean(1, keepdim=True)):
+        metric.update(fused, picture, torch.zeros(1, dtype=torch.int64))
+    assert metric.shares() == {"fusion/scd": Fraction(1, 2)}, "a copy of a source has no SCD"
 
 
 def test_a_full_score_scales_what_counts(atlas: Path, tmp_path: Path) -> None:
