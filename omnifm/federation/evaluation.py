@@ -123,15 +123,22 @@ class Evaluator:
         return server.shared if view == "global" else self._strategy.shared_for(server, client)
 
     def references(self, completed: int, split: str) -> dict[str, dict[View, Scores]]:
-        """Score the task's untrained references on `split`: by name, `personal` and `worst`."""
+        """Score the task's untrained references on `split`: by name, `personal` and `worst`.
+
+        One that some clients lack (they have another task) has no main score: it would stand beside a mean over all clients.
+        """
         clients = [client for client, sizes in self._sizes.items() if sizes[split] > 0]
         known = {client: frozenset(self._task.references(client)) for client in clients}
         found: dict[str, dict[View, Scores]] = {}
         for name in sorted(frozenset[str]().union(*known.values())):
             settings = {"split": split, "view": "reference", "reference": name}
-            requests = (Request("evaluate", completed, c, settings=settings) for c in clients if name in known[c])
+            asked = [client for client in clients if name in known[client]]
+            requests = (Request("evaluate", completed, client, settings=settings) for client in asked)
             states = {r.client: r.extra for r in guard.ask(self._engine.exchange, requests)}
             found[name] = self._over_clients(self._scored(states, split))
+            if len(asked) < len(clients):
+                for scores in found[name].values():
+                    scores.pop(self._task.primary, None)
         return found
 
     def _summary(

@@ -1,7 +1,11 @@
 """What each number of a report means, in plain words."""
 
 _METRICS = {
-    "score": ("score over the tasks", "Mean over the tasks of their main scores, each divided by the value that counts as full."),
+    "score": (
+        "score over the tasks",
+        "A client's main score, divided by the value that counts as full in its task; mean over the clients, weighted by their "
+        "number of test images. Of one global model: mean over the tasks. Read the tasks' own scores.",
+    ),
     "accuracy": ("accuracy", "Share of test images whose most probable class is the true one."),
     "auc": (
         "AUC",

@@ -57,7 +57,10 @@ def test_every_client_gets_the_scores_of_its_task(strategy: str, atlas: Path, tm
         assert scores["score"] == scores[f"{task}/{main}"] is not None
     personal = metrics["test"]["personal"]
     assert {"score", "classification/accuracy", "fusion/vif"} <= set(personal)
-    assert set(metrics["references"]) >= {"mean", "maximum"}
+    references = metrics["references"]
+    assert set(references) >= {"mean", "maximum"}
+    # One client of two can be scored with it: no mean over the clients, so none to set beside a strategy's.
+    assert all("score" not in scores and scores["fusion/vif"] > 0 for scores in references["mean"].values())
 
 
 def test_a_client_trains_and_sends_its_own_networks_and_the_path(atlas: Path, tmp_path: Path) -> None:
@@ -143,6 +146,7 @@ def test_a_full_score_scales_what_counts(atlas: Path, tmp_path: Path) -> None:
     metrics = run.execute(parse(changed), tmp_path / "out")
     personal = metrics["test"]["personal"]
     assert personal["score"] == pytest.approx(2 * personal["fusion/vif"])
+    assert metrics["references"]["mean"]["personal"]["score"] > 0, "all clients fuse"
 
 
 @pytest.mark.parametrize(
