@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omnifm.config import Config, digest, load, read_toml
+from omnifm.config import Config, digest, load, parse_override, put, read_toml
 from omnifm.errors import CheckpointError, ConfigError, OmnifmError
 from omnifm.track.folder import read_json, write_text
 
@@ -79,24 +79,49 @@ def plan_cells(
     """Return the cells, every config of them checked before the first run starts.
 
     Raises:
-        ConfigError: a config is wrong, there is no cell, or two cells would share a folder.
+        ConfigError: a config is wrong, a variant sets what a cell is named after, there is no cell, or two cells would share a
+            folder or be one and the same run.
     """
     from omnifm.build import strategy_options, task_options
 
-    levels = list(participation) or [load(path, overrides).federation.participation]
+    levels: list[float | None] = [*participation] or [None]
+    for variant in variants:
+        _require_truthful(variant, levels_asked=bool(participation))
     cells = []
     for level, seed, variant in itertools.product(levels, seeds, variants):
-        own = [f"strategy={variant.strategy!r}", f"seed={seed}", f"federation.participation={level}"]
+        own = [f"strategy={variant.strategy!r}", f"seed={seed}"]
+        own += [] if level is None else [f"federation.participation={level}"]
         config = load(path, [*overrides, *own, *variant.overrides])
         strategy_options(config)
         task_options(config)
-        cells.append(Cell(variant, level, seed, config))
+        cells.append(Cell(variant, config.federation.participation, seed, config))
+    _require_different(cells)
+    return cells
+
+
+def _require_truthful(variant: Variant, *, levels_asked: bool) -> None:
+    """Refuse a variant that sets what its rows are labelled with: they would say one thing and be another."""
+    changed: dict[str, Any] = {}
+    for text in variant.overrides:
+        put(changed, *parse_override(text))
+    federation = changed.get("federation")
+    level = levels_asked and isinstance(federation, dict) and "participation" in federation
+    for key, given in (("strategy", "strategy" in changed), ("seed", "seed" in changed), ("federation.participation", level)):
+        if given:
+            label = variant.name or variant.strategy
+            raise ConfigError(f"variant {label}: leave {key} out of its set; the comparison gives it to every cell")
+
+
+def _require_different(cells: Sequence[Cell]) -> None:
     names = [cell.name for cell in cells]
     if not names:
         raise ConfigError("nothing to compare: give at least one strategy or variant, and one seed")
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"cell {twice[0]} is asked for twice: name each strategy, variant, seed and participation once")
-    return cells
+    known: dict[str, str] = {}
+    for cell in cells:
+        if (first := known.setdefault(digest(cell.config), cell.name)) != cell.name:
+            raise ConfigError(f"cells {first} and {cell.name} are one and the same run: nothing differs in their configs")
 
 
 Work = Callable[[Cell, Path], str]

@@ -228,6 +228,16 @@ def test_missing_variants_and_good_ones(tmp_path: Path) -> None:
     assert slow.overrides == ("optimiser.lr=0.001", "federation.local_epochs=2")
 
 
+def one(job: Path, *overrides: str, seeds: tuple[int, ...] = (0,), levels: tuple[float, ...] = ()) -> list[Cell]:
+    return plan_cells(job, [Variant("fedavg", "x", overrides)], seeds, levels, [])
+
+
+def test_a_variants_own_participation_is_what_its_rows_say(job: Path) -> None:
+    (cell,) = one(job, "federation.participation=0.5")
+    assert (cell.participation, cell.config.federation.participation, cell.name) == (0.5, 0.5, "fedavg-x-p0.5-s0")
+
+
+TABLE = "federation={participation=0.2, cohorts=[{path='a'}]}"
 KNOWN = ", ".join(sorted(STRATEGIES))
 BAD_PLANS: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown strategy": (lambda job: cells_of(job, "fedavgg"), f"strategy = 'fedavgg': unknown; known are {KNOWN}"),
@@ -239,6 +249,17 @@ BAD_PLANS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no strategy": (lambda job: cells_of(job), "nothing to compare"),
     "twice a strategy": (lambda job: cells_of(job, "local", "local"), "local-p0.75-s0 is asked for twice"),
     "twice a level": (lambda job: cells_of(job, "local", levels=(0.5, 0.50)), "local-p0.5-s0 is asked for twice"),
+    "a variant's seed": (lambda job: one(job, "seed=7", seeds=(0, 1)), "variant x: leave seed out of its set"),
+    "a variant's strategy": (lambda job: one(job, "strategy='local'"), "variant x: leave strategy out of its set"),
+    "a variant's participation": (
+        lambda job: one(job, "federation.participation=0.2", levels=(1.0,)),
+        "variant x: leave federation.participation out of its set",
+    ),
+    "the same in a table": (lambda job: one(job, TABLE, levels=(1.0,)), "variant x: leave federation.participation out"),
+    "two names for one run": (
+        lambda job: plan_cells(job, [Variant("fedavg"), Variant("fedavg", "x", ("federation.rounds=1",))], [0], [], []),
+        "cells fedavg-p0.75-s0 and fedavg-x-p0.75-s0 are one and the same run",
+    ),
     "an option of another strategy": (
         lambda job: plan_cells(job, [Variant("fedprox")], [0], [], ["strategies.fedprox.nu=1"]),
         "strategies.fedprox.nu: unknown key",
