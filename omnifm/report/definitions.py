@@ -118,8 +118,16 @@ COMPARISON = (
     ),
     (
         "95 % interval",
-        "Bootstrap: percentiles of the mean over resampled seeds, too narrow for few seeds. Student: assumes normal differences, "
-        "wide for few seeds. Believe a difference whose Student interval leaves out 0.",
+        "Of one difference by itself. Bootstrap: percentiles of the mean over resampled seeds, too narrow for few seeds. "
+        "Student: assumes normal differences, wide for few seeds. Where many methods are compared, some interval leaves out 0 by "
+        "chance.",
+    ),
+    (
+        "t-test, Holm",
+        "Paired t-test over the seeds, adjusted for the number of methods compared in the table at one participation. Below .05 "
+        "the difference is coloured: believe that one. Where no method differs from the reference, one table in twenty has a "
+        "coloured difference, so of many tables read one that you chose beforehand. With few seeds only large differences are "
+        "found: no colour does not mean that two methods are equal.",
     ),
     (
         "Wilcoxon, Holm",
