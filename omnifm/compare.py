@@ -28,6 +28,10 @@ class Variant:
     overrides: tuple[str, ...] = ()
 
 
+_Lines = dict[tuple[float, int], dict[str, float | None]]
+"""Scores of a reference by participation and seed."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run."""
@@ -231,14 +235,45 @@ def cell_row(cell: Cell, status: str, out: Path) -> dict[str, Any]:
 
 
 def reference_rows(cells: Iterable[Cell], out: Path) -> list[dict[str, Any]]:
-    """Return a line for each untrained reference of the task, once per seed and participation: it depends on the data alone."""
-    rows: dict[tuple[float, int, str], dict[str, Any]] = {}
+    """Return a line for each untrained reference of the task, once per seed and participation: it depends on the data alone.
+
+    Variants may change the data. Where their references differ, each has lines that name it.
+    """
+    found: dict[str, dict[Variant, _Lines]] = {}
     for cell in cells:
         for name, views in read_json(cell.folder(out) / "metrics.json").get("references", {}).items():
-            key = {"strategy": name, "variant": "", "participation": cell.participation, "seed": cell.seed}
-            line = {"cell": "", **key, "rounds": 0, "status": "reference", **_scores(views, ""), **_scores(views, "best_")}
-            rows.setdefault((cell.participation, cell.seed, name), line)
-    return list(rows.values())
+            lines = found.setdefault(name, {}).setdefault(cell.variant, {})
+            lines[cell.participation, cell.seed] = {**_scores(views, ""), **_scores(views, "best_")}
+    return [
+        {
+            **{"cell": "", "strategy": name, "variant": label, "participation": participation, "seed": seed},
+            **{"rounds": 0, "status": "reference", **scores},
+        }
+        for name, by_variant in found.items()
+        for label, lines in _labelled(by_variant).items()
+        for (participation, seed), scores in lines.items()
+    ]
+
+
+def _labelled(by_variant: Mapping[Variant, _Lines]) -> dict[str, _Lines]:
+    """Join variants whose lines agree, under the name of the first; under no name if all do."""
+    groups: dict[Variant, _Lines] = {}
+    for variant, lines in by_variant.items():
+        joined = next((first for first, known in groups.items() if _agree(first, known, variant, lines)), variant)
+        groups[joined] = {**groups.get(joined, {}), **lines}
+    if len(groups) == 1:
+        return {"": next(iter(groups.values()))}
+    labelled: dict[str, _Lines] = {}
+    for variant, lines in groups.items():
+        label = variant.name if variant.name not in labelled else "-".join(filter(None, (variant.strategy, variant.name)))
+        labelled[label] = lines
+    return labelled
+
+
+def _agree(a: Variant, of_a: _Lines, b: Variant, of_b: _Lines) -> bool:
+    shared = of_a.keys() & of_b.keys()
+    # Without a seed in common nothing is known, but that variants which change nothing have the same data.
+    return all(of_a[key] == of_b[key] for key in shared) and (bool(shared) or not (a.overrides or b.overrides))
 
 
 def _scores(views: Mapping[str, Mapping[str, float | None] | None], prefix: str) -> dict[str, float | None]:

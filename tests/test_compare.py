@@ -11,7 +11,7 @@ import pytest
 
 import omnifm.run
 from omnifm.build import STRATEGIES
-from omnifm.compare import Cell, Variant, compare, plan_cells, read_variants, run_cells
+from omnifm.compare import Cell, Variant, compare, plan_cells, read_variants, reference_rows, run_cells
 from omnifm.errors import CheckpointError, ConfigError
 from tests.run import jobs, killed
 
@@ -274,6 +274,41 @@ def test_a_bad_plan_fails_before_the_first_cell(case: str, job: Path) -> None:
         make(job)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def references_of(cells: list[Cell], out: Path, psnr: Callable[[Cell], float]) -> list[tuple[str, int, float]]:
+    """Variant, seed and score of each line of a reference that has these scores."""
+    for cell in cells:
+        cell.folder(out).mkdir(parents=True)
+        views = {"bicubic": {"personal": {"psnr": psnr(cell)}, "worst": {"psnr": 0.0}}}
+        (cell.folder(out) / "metrics.json").write_text(json.dumps({"references": views}))
+    rows = reference_rows(cells, out)
+    assert all(
+        (row["cell"], row["strategy"], row["status"], row["worst_psnr"]) == ("", "bicubic", "reference", 0) for row in rows
+    )
+    return [(row["variant"], row["seed"], row["personal_psnr"]) for row in rows]
+
+
+def test_references_have_a_line_per_variant_where_variants_have_other_data(job: Path, tmp_path: Path) -> None:
+    two, eight = ("data.image_size=48",), ("data.image_size=64",)
+    variants = [Variant("local"), Variant("fedavg", "x2", two), Variant("local", "x2", two), Variant("local", "x8", eight)]
+    cells = plan_cells(job, variants, [0, 1], [], [])
+    scores = {"": 30.0, "x2": 36.0, "x8": 27.0}
+    found = references_of(cells, tmp_path / "1", lambda cell: scores[cell.variant.name] + cell.seed)
+    assert found == [(name, seed, score + seed) for name, score in scores.items() for seed in (0, 1)]
+    # The same name for other data: the strategy's name tells them apart.
+    found = references_of(cells[1:3], tmp_path / "2", lambda cell: 1.0 if cell.variant.strategy == "fedavg" else 2.0)
+    assert found == [("x2", 0, 1.0), ("local-x2", 0, 2.0)]
+
+
+def test_references_have_one_line_where_all_agree_even_if_cells_failed(job: Path, tmp_path: Path) -> None:
+    cells = plan_cells(
+        job, [Variant("local"), Variant("fedavg"), Variant("fedavg", "slow", ("optimiser.lr=0.001",))], [0, 1], [], []
+    )
+    assert references_of(cells, tmp_path / "1", lambda cell: 30.0 + cell.seed) == [("", 0, 30.0), ("", 1, 31.0)]
+    # Local has no seed 1, FedAvg no seed 0.
+    some = [cells[0], cells[4]]
+    assert references_of(some, tmp_path / "2", lambda cell: 30.0) == [("", 0, 30.0), ("", 1, 30.0)]
 
 
 def test_an_output_that_is_a_file_is_refused(job: Path, tmp_path: Path) -> None:
