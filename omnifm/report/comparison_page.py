@@ -199,7 +199,20 @@ def _differences(comparison: Comparison, reference: str, metric: str) -> Section
         f"{reference} minus each other method, seed by seed. Above zero, {reference} has the higher score. Coloured: what the "
         "t-test finds at 5 % after Holm's adjustment for the number of methods. Without colour nothing is shown, either way."
     )
+    blocks = [*_commits(comparison, reference), *blocks]
     return Section("differences", "Is the difference real?", tuple(blocks), lead)
+
+
+def _commits(comparison: Comparison, reference: str) -> list[Block]:
+    """Warn where a method's cell and the reference's beside it were run at different commits."""
+    rows = [row for row in comparison.rows if row.get("commit")]
+    own = {(row["participation"], row["seed"]): row["commit"] for row in rows if method_of(row) == reference}
+    apart = [row for row in rows if row["commit"] != own.get((row["participation"], row["seed"]), row["commit"])]
+    if not apart:
+        return []
+    names = ", ".join(dict.fromkeys(method_of(row) for row in apart))
+    text = f"Not run at the commit of {reference}'s cells: {names}. A difference to these may be one between versions."
+    return [Note(text, "warning")]
 
 
 def _difference_table(results: list[Paired], caption: str) -> Table:

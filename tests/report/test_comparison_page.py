@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omnifm.report.comparison_page import comparison_page
 from omnifm.report.load import Comparison, Row
-from omnifm.report.page import Table
+from omnifm.report.page import Note, Table
 
 
 def comparison(scores: dict[str, list[float]], **changes: dict[str, str]) -> Comparison:
@@ -39,3 +39,15 @@ def test_a_difference_is_coloured_by_the_test_that_knows_how_many_there_are() ->
     found |= {"b": [0.7, 0.65, 0.66], "d": [0.89, 0.84, 0.85], "e": [0.92, 0.8, 0.88]}
     assert tones(comparison(found)) == {"c": "", "b": "good", "d": "", "e": ""}
     assert tones(comparison({"a": [0.1, 0.11], "b": [0.9, 0.92]})) == {"b": "bad"}
+
+
+def test_pairs_of_different_commits_are_named() -> None:
+    def notes(found: Comparison) -> list[str]:
+        (section,) = [s for s in comparison_page(found).sections if s.id == "differences"]
+        return [block.text for block in section.blocks if isinstance(block, Note)]
+
+    scores = {"omnifm": [0.9, 0.82], "local": [0.8, 0.77], "fedavg": [0.8, 0.7], "majority": [0.1, 0.1]}
+    same, other = {"commit": "aaa"}, {"commit": "bbb"}
+    assert notes(comparison(scores, omnifm=same, local=same, fedavg=same)) == [], "a reference has no commit"
+    (said,) = notes(comparison(scores, omnifm=same, local=other, fedavg=same))
+    assert said.startswith("Not run at the commit of omnifm's cells: local.")
