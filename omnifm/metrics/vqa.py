@@ -9,8 +9,11 @@
     bleu1 .. bleu4      sentence BLEU with Lin and Och's smoothing                          open questions
     accuracy/TYPE       exact match                                                         questions of a type
     f1/TYPE             F1                                                                  questions of a type
-    disjoint_accuracy   exact match                                                         questions on images unseen in training
+    disjoint_accuracy   exact match                                                         questions called image-disjoint
     forced_NAME         the first nine, where each word was predicted after the true words before it
+
+`disjoint_accuracy` knows only cohorts that say of their questions whether the image is unseen in training (VQA-RAD); the test
+questions of others are left out of it, also where all of their images are unseen.
 
 `closed` is what the cohort says, whether the answer is yes, no or another choice; nothing is restricted to the choices.
 Scores under teacher forcing (the published numbers of FedVLMBench are such) are not comparable with the others: the model is told

@@ -19,8 +19,8 @@ _METRICS = {
     ),
     "f1_union": (
         "macro-F1 (all labels)",
-        "F1 averaged over every label of the client's label set, also those that never occur in the test set (they count 0). "
-        "It can stay low although almost every image is right.",
+        "F1 averaged over every label of all cohorts together, also those that a client does not have or that never occur in its "
+        "test set (they count 0). It can stay low although almost every image is right.",
     ),
     "dice": ("Dice", "2|P∩G| / (|P|+|G|) per case and structure; both empty counts 1, one of them empty 0. Mean over the cases."),
     "hd95": (
@@ -42,6 +42,11 @@ _METRICS = {
     "ssim": ("SSIM", "Structural similarity, Gaussian window of 11 pixels; which images it compares is in the task's page."),
     "vif": ("VIF", "Visual information fidelity of the fused image against its two sources, mean over the two, on 0 to 255."),
     "closed_accuracy": ("accuracy, closed questions", "Closed questions whose normalised answer is exactly the true one."),
+    "disjoint_accuracy": (
+        "accuracy, unseen images",
+        "Accuracy on questions whose image is in no training question, in cohorts that say so of each question; other cohorts "
+        "are not in it, whatever their images.",
+    ),
     "open_exact": ("exact match, open questions", "Open questions whose normalised answer is exactly the true one."),
     "open_recall": ("token recall, open questions", "Share of the true answer's words that are in the given one."),
     "f1_present": ("macro-F1 (labels present)", "F1 averaged over the labels that occur in the truth or in the predictions."),
@@ -64,8 +69,8 @@ VIEWS = {
     ),
     "finetuned": (
         "after fine-tuning",
-        "As own models, but each client first trains one more epoch on its own data. It shows what a few minutes of local "
-        "training can make up for.",
+        "As own models, but each client first trains some more on its own data (`federation.finetune_epochs`, one epoch unless "
+        "set). It shows what a few minutes of local training can make up for.",
     ),
 }
 

@@ -110,7 +110,7 @@ def _scores(run: Run) -> Section:
         tables.append(_reference_table(run.metrics.references, names))
     if best is not None:
         tables.append(_score_table(best.test, names, f"At round {best.round}, the best on validation"))
-    lead = "On images that no model was trained on. " + (
+    lead = "On the test split, which no model was trained on. " + (
         "Rounds are counted from 0." if best else "No round was chosen by validation; rounds are counted from 0."
     )
     notes = [Note(note) for note in run.metrics.notes]
