@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omnifm.config import Config, digest, load, read_toml
+from omnifm.config import Config, digest, load, parse_override, put, read_toml
 from omnifm.errors import CheckpointError, ConfigError, OmnifmError
 from omnifm.track.folder import read_json, write_text
 
@@ -26,6 +26,10 @@ class Variant:
     strategy: str
     name: str = ""
     overrides: tuple[str, ...] = ()
+
+
+_Lines = dict[tuple[float, int], dict[str, float | None]]
+"""Scores of a reference by participation and seed."""
 
 
 @dataclass(frozen=True)
@@ -79,24 +83,49 @@ def plan_cells(
     """Return the cells, every config of them checked before the first run starts.
 
     Raises:
-        ConfigError: a config is wrong, there is no cell, or two cells would share a folder.
+        ConfigError: a config is wrong, a variant sets what a cell is named after, there is no cell, or two cells would share a
+            folder or be one and the same run.
     """
     from omnifm.build import strategy_options, task_options
 
-    levels = list(participation) or [load(path, overrides).federation.participation]
+    levels: list[float | None] = [*participation] or [None]
+    for variant in variants:
+        _require_truthful(variant, levels_asked=bool(participation))
     cells = []
     for level, seed, variant in itertools.product(levels, seeds, variants):
-        own = [f"strategy={variant.strategy!r}", f"seed={seed}", f"federation.participation={level}"]
+        own = [f"strategy={variant.strategy!r}", f"seed={seed}"]
+        own += [] if level is None else [f"federation.participation={level}"]
         config = load(path, [*overrides, *own, *variant.overrides])
         strategy_options(config)
         task_options(config)
-        cells.append(Cell(variant, level, seed, config))
+        cells.append(Cell(variant, config.federation.participation, seed, config))
+    _require_different(cells)
+    return cells
+
+
+def _require_truthful(variant: Variant, *, levels_asked: bool) -> None:
+    """Refuse a variant that sets what its rows are labelled with: they would say one thing and be another."""
+    changed: dict[str, Any] = {}
+    for text in variant.overrides:
+        put(changed, *parse_override(text))
+    federation = changed.get("federation")
+    level = levels_asked and isinstance(federation, dict) and "participation" in federation
+    for key, given in (("strategy", "strategy" in changed), ("seed", "seed" in changed), ("federation.participation", level)):
+        if given:
+            label = variant.name or variant.strategy
+            raise ConfigError(f"variant {label}: leave {key} out of its set; the comparison gives it to every cell")
+
+
+def _require_different(cells: Sequence[Cell]) -> None:
     names = [cell.name for cell in cells]
     if not names:
         raise ConfigError("nothing to compare: give at least one strategy or variant, and one seed")
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"cell {twice[0]} is asked for twice: name each strategy, variant, seed and participation once")
-    return cells
+    known: dict[str, str] = {}
+    for cell in cells:
+        if (first := known.setdefault(digest(cell.config), cell.name)) != cell.name:
+            raise ConfigError(f"cells {first} and {cell.name} are one and the same run: nothing differs in their configs")
 
 
 Work = Callable[[Cell, Path], str]
@@ -206,14 +235,45 @@ def cell_row(cell: Cell, status: str, out: Path) -> dict[str, Any]:
 
 
 def reference_rows(cells: Iterable[Cell], out: Path) -> list[dict[str, Any]]:
-    """Return a line for each untrained reference of the task, once per seed and participation: it depends on the data alone."""
-    rows: dict[tuple[float, int, str], dict[str, Any]] = {}
+    """Return a line for each untrained reference of the task, once per seed and participation: it depends on the data alone.
+
+    Variants may change the data. Where their references differ, each has lines that name it.
+    """
+    found: dict[str, dict[Variant, _Lines]] = {}
     for cell in cells:
         for name, views in read_json(cell.folder(out) / "metrics.json").get("references", {}).items():
-            key = {"strategy": name, "variant": "", "participation": cell.participation, "seed": cell.seed}
-            line = {"cell": "", **key, "rounds": 0, "status": "reference", **_scores(views, ""), **_scores(views, "best_")}
-            rows.setdefault((cell.participation, cell.seed, name), line)
-    return list(rows.values())
+            lines = found.setdefault(name, {}).setdefault(cell.variant, {})
+            lines[cell.participation, cell.seed] = {**_scores(views, ""), **_scores(views, "best_")}
+    return [
+        {
+            **{"cell": "", "strategy": name, "variant": label, "participation": participation, "seed": seed},
+            **{"rounds": 0, "status": "reference", **scores},
+        }
+        for name, by_variant in found.items()
+        for label, lines in _labelled(by_variant).items()
+        for (participation, seed), scores in lines.items()
+    ]
+
+
+def _labelled(by_variant: Mapping[Variant, _Lines]) -> dict[str, _Lines]:
+    """Join variants whose lines agree, under the name of the first; under no name if all do."""
+    groups: dict[Variant, _Lines] = {}
+    for variant, lines in by_variant.items():
+        joined = next((first for first, known in groups.items() if _agree(first, known, variant, lines)), variant)
+        groups[joined] = {**groups.get(joined, {}), **lines}
+    if len(groups) == 1:
+        return {"": next(iter(groups.values()))}
+    labelled: dict[str, _Lines] = {}
+    for variant, lines in groups.items():
+        label = variant.name if variant.name not in labelled else "-".join(filter(None, (variant.strategy, variant.name)))
+        labelled[label] = lines
+    return labelled
+
+
+def _agree(a: Variant, of_a: _Lines, b: Variant, of_b: _Lines) -> bool:
+    shared = of_a.keys() & of_b.keys()
+    # Without a seed in common nothing is known, but that variants which change nothing have the same data.
+    return all(of_a[key] == of_b[key] for key in shared) and (bool(shared) or not (a.overrides or b.overrides))
 
 
 def _scores(views: Mapping[str, Mapping[str, float | None] | None], prefix: str) -> dict[str, float | None]:

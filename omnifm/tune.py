@@ -28,8 +28,8 @@ _RATES = (1 / 3, 1, 3)
 _MORE_DECAY = 10
 _WHERE = ("commit", "machine")
 _EVALUATION = "federation.evaluate_every"
-_LENGTH = ("seed", "federation.rounds", _EVALUATION)
-"""What a search sets for itself: its seed is another than a comparison's, and it may be shorter."""
+_OWN = ("strategy", "seed", "federation.rounds", "federation.participation", _EVALUATION)
+"""What a search sets for itself: its seed is another than a comparison's, it may be shorter, and a comparison has levels."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def plan(path: Path, strategies: Sequence[str], seed: int, overrides: Sequence[s
 
 def _besides(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
     """Return what was set for all trials and belongs to what they chose: a strategy tuned with BatchNorm is compared with it."""
-    own = {_key(text) for text in (*changes, *_LENGTH)}
+    own = {_key(text) for text in (*changes, *_OWN)}
     return [text for text in overrides if _key(text) not in own]
 
 

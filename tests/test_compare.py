@@ -11,7 +11,7 @@ import pytest
 
 import omnifm.run
 from omnifm.build import STRATEGIES
-from omnifm.compare import Cell, Variant, compare, plan_cells, read_variants, run_cells
+from omnifm.compare import Cell, Variant, compare, plan_cells, read_variants, reference_rows, run_cells
 from omnifm.errors import CheckpointError, ConfigError
 from tests.run import jobs, killed
 
@@ -228,6 +228,16 @@ def test_missing_variants_and_good_ones(tmp_path: Path) -> None:
     assert slow.overrides == ("optimiser.lr=0.001", "federation.local_epochs=2")
 
 
+def one(job: Path, *overrides: str, seeds: tuple[int, ...] = (0,), levels: tuple[float, ...] = ()) -> list[Cell]:
+    return plan_cells(job, [Variant("fedavg", "x", overrides)], seeds, levels, [])
+
+
+def test_a_variants_own_participation_is_what_its_rows_say(job: Path) -> None:
+    (cell,) = one(job, "federation.participation=0.5")
+    assert (cell.participation, cell.config.federation.participation, cell.name) == (0.5, 0.5, "fedavg-x-p0.5-s0")
+
+
+TABLE = "federation={participation=0.2, cohorts=[{path='a'}]}"
 KNOWN = ", ".join(sorted(STRATEGIES))
 BAD_PLANS: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown strategy": (lambda job: cells_of(job, "fedavgg"), f"strategy = 'fedavgg': unknown; known are {KNOWN}"),
@@ -239,6 +249,17 @@ BAD_PLANS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no strategy": (lambda job: cells_of(job), "nothing to compare"),
     "twice a strategy": (lambda job: cells_of(job, "local", "local"), "local-p0.75-s0 is asked for twice"),
     "twice a level": (lambda job: cells_of(job, "local", levels=(0.5, 0.50)), "local-p0.5-s0 is asked for twice"),
+    "a variant's seed": (lambda job: one(job, "seed=7", seeds=(0, 1)), "variant x: leave seed out of its set"),
+    "a variant's strategy": (lambda job: one(job, "strategy='local'"), "variant x: leave strategy out of its set"),
+    "a variant's participation": (
+        lambda job: one(job, "federation.participation=0.2", levels=(1.0,)),
+        "variant x: leave federation.participation out of its set",
+    ),
+    "the same in a table": (lambda job: one(job, TABLE, levels=(1.0,)), "variant x: leave federation.participation out"),
+    "two names for one run": (
+        lambda job: plan_cells(job, [Variant("fedavg"), Variant("fedavg", "x", ("federation.rounds=1",))], [0], [], []),
+        "cells fedavg-p0.75-s0 and fedavg-x-p0.75-s0 are one and the same run",
+    ),
     "an option of another strategy": (
         lambda job: plan_cells(job, [Variant("fedprox")], [0], [], ["strategies.fedprox.nu=1"]),
         "strategies.fedprox.nu: unknown key",
@@ -253,6 +274,41 @@ def test_a_bad_plan_fails_before_the_first_cell(case: str, job: Path) -> None:
         make(job)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def references_of(cells: list[Cell], out: Path, psnr: Callable[[Cell], float]) -> list[tuple[str, int, float]]:
+    """Variant, seed and score of each line of a reference that has these scores."""
+    for cell in cells:
+        cell.folder(out).mkdir(parents=True)
+        views = {"bicubic": {"personal": {"psnr": psnr(cell)}, "worst": {"psnr": 0.0}}}
+        (cell.folder(out) / "metrics.json").write_text(json.dumps({"references": views}))
+    rows = reference_rows(cells, out)
+    assert all(
+        (row["cell"], row["strategy"], row["status"], row["worst_psnr"]) == ("", "bicubic", "reference", 0) for row in rows
+    )
+    return [(row["variant"], row["seed"], row["personal_psnr"]) for row in rows]
+
+
+def test_references_have_a_line_per_variant_where_variants_have_other_data(job: Path, tmp_path: Path) -> None:
+    two, eight = ("data.image_size=48",), ("data.image_size=64",)
+    variants = [Variant("local"), Variant("fedavg", "x2", two), Variant("local", "x2", two), Variant("local", "x8", eight)]
+    cells = plan_cells(job, variants, [0, 1], [], [])
+    scores = {"": 30.0, "x2": 36.0, "x8": 27.0}
+    found = references_of(cells, tmp_path / "1", lambda cell: scores[cell.variant.name] + cell.seed)
+    assert found == [(name, seed, score + seed) for name, score in scores.items() for seed in (0, 1)]
+    # The same name for other data: the strategy's name tells them apart.
+    found = references_of(cells[1:3], tmp_path / "2", lambda cell: 1.0 if cell.variant.strategy == "fedavg" else 2.0)
+    assert found == [("x2", 0, 1.0), ("local-x2", 0, 2.0)]
+
+
+def test_references_have_one_line_where_all_agree_even_if_cells_failed(job: Path, tmp_path: Path) -> None:
+    cells = plan_cells(
+        job, [Variant("local"), Variant("fedavg"), Variant("fedavg", "slow", ("optimiser.lr=0.001",))], [0, 1], [], []
+    )
+    assert references_of(cells, tmp_path / "1", lambda cell: 30.0 + cell.seed) == [("", 0, 30.0), ("", 1, 31.0)]
+    # Local has no seed 1, FedAvg no seed 0.
+    some = [cells[0], cells[4]]
+    assert references_of(some, tmp_path / "2", lambda cell: 30.0) == [("", 0, 30.0), ("", 1, 30.0)]
 
 
 def test_an_output_that_is_a_file_is_refused(job: Path, tmp_path: Path) -> None:

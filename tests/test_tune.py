@@ -143,14 +143,17 @@ def test_every_strategys_search_can_be_planned() -> None:
 def test_what_was_set_for_all_trials_is_compared_with_too(job: Path, tmp_path: Path) -> None:
     """A strategy tuned with BatchNorm cannot be compared without; the length and the seed of the search are its own."""
     given = ["model.norm='batch'", "federation.rounds=1", "optimiser.lr=0.01", "seed=9", "federation.local_epochs=2"]
-    tune(plan(job, ["fedbn"], 5, given)[:2], tmp_path)
+    given += ["federation.participation=0.5", "strategy='local'"]
+    trials = tune(plan(job, ["fedbn"], 5, given)[:2], tmp_path)
+    assert {(t.cell.config.strategy, t.cell.config.federation.participation) for t in trials} == {("fedbn", 0.5)}
     (variant,) = read_variants(tmp_path / "tuned.toml")
     assert variant.overrides[:2] == ("model.norm='batch'", "federation.local_epochs=2")
     assert [text.partition("=")[0] for text in variant.overrides[2:]] == [
         "optimiser.lr", "optimiser.weight_decay", "optimiser.schedule",
     ]  # fmt: skip
-    (cell,) = plan_cells(job, [variant], [0], [], [])
-    assert cell.config.model.norm == "batch" and cell.config.federation.rounds == 2
+    one, two = plan_cells(job, [variant], [0], [0.75, 1.0], [])
+    assert one.config.model.norm == "batch" and one.config.federation.rounds == 2
+    assert (one.config.federation.participation, two.config.federation.participation) == (0.75, 1.0)
 
 
 def test_a_reader_is_told_of_edges_and_of_what_makes_no_difference(job: Path, tmp_path: Path) -> None:

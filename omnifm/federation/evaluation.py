@@ -1,7 +1,9 @@
 """The evaluation contract: global, personal, worst, finetuned; on one split, for every client.
 
-* `personal`: each client's model (shared for it, plus its private state) on its own examples; example-weighted mean.
-* `worst`: per score, the lowest client (the highest where a score is better low, as a distance is).
+* `personal`: each client's model (shared for it, plus its private state) on its own examples; mean over clients, weighted by
+  the examples behind the score (all of them, or the closed questions alone). So a score that is a mean over examples is
+  the same in `personal` and `global` where all clients have one model. Counts are added up.
+* `worst`: per score, the lowest client (the highest where a score is better low, as a distance is). Counts have none.
 * `global`: the one shared model on the pooled examples, scored as one set; None where the method has no such model.
 * `finetuned`: as personal, after `finetune_epochs` local epochs of the task loss alone.
 * references: what needs no training (bicubic enlargement, the majority's answer), as `personal` and `worst`.
@@ -12,7 +14,9 @@ Scores that are undefined (no examples, a class that never occurs) are None and 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -44,6 +48,18 @@ class Evaluation:
     clients: dict[str, dict[View, Scores | None]]
 
 
+class Scored(NamedTuple):
+    """One client's scores; how many examples it has; and the share of them behind each score that is not over all."""
+
+    scores: Scores
+    examples: int
+    shares: Mapping[str, Fraction] = MappingProxyType({})
+
+    def weight(self, name: str) -> int | Fraction:
+        """Return the number of examples behind a score. Exact, so that a whole number is one."""
+        return self.examples * self.shares.get(name, 1)
+
+
 class Evaluator:
     """Asks every client, sampled or not, for its state of the metric, and merges."""
 
@@ -72,11 +88,16 @@ class Evaluator:
         if finetune and self._config.finetune_epochs:
             trained = [client for client in clients if self._sizes[client]["train"] > 0]
             states["finetuned"] = self._ask(server, completed, trained, split, "finetuned")
-        table: dict[str, dict[View, Scores | None]] = {c: {view: None for view in states} for c in self._sizes}
-        for view, by_client in states.items():
-            for client, state in by_client.items():
-                table[client][view] = self._task.metric(client).merge([state]).compute()
-        return Evaluation(split, self._summary(states, table, split), table)
+        found = {view: self._scored(by_client, split) for view, by_client in states.items()}
+        table: dict[str, dict[View, Scores | None]] = {
+            client: {view: known[client].scores if client in known else None for view, known in found.items()}
+            for client in self._sizes
+        }
+        return Evaluation(split, self._summary(found, states.get("global")), table)
+
+    def _scored(self, states: Mapping[str, Mapping[str, Tensor]], split: str) -> dict[str, Scored]:
+        metrics = {client: self._task.metric(client).merge([states[client]]) for client in self._sizes if client in states}
+        return {c: Scored(metric.compute(), self._sizes[c][split], metric.shares()) for c, metric in metrics.items()}
 
     def _ask(
         self, server: ServerState, completed: int, clients: Sequence[str], split: str, view: View
@@ -102,56 +123,63 @@ class Evaluator:
         return server.shared if view == "global" else self._strategy.shared_for(server, client)
 
     def references(self, completed: int, split: str) -> dict[str, dict[View, Scores]]:
-        """Score the task's untrained references on `split`: by name, `personal` and `worst`."""
+        """Score the task's untrained references on `split`: by name, `personal` and `worst`.
+
+        One that some clients lack (they have another task) has no main score: it would stand beside a mean over all clients.
+        """
         clients = [client for client, sizes in self._sizes.items() if sizes[split] > 0]
         known = {client: frozenset(self._task.references(client)) for client in clients}
         found: dict[str, dict[View, Scores]] = {}
         for name in sorted(frozenset[str]().union(*known.values())):
             settings = {"split": split, "view": "reference", "reference": name}
-            requests = (Request("evaluate", completed, c, settings=settings) for c in clients if name in known[c])
-            scores = {
-                r.client: self._task.metric(r.client).merge([r.extra]).compute()
-                for r in guard.ask(self._engine.exchange, requests)
-            }
-            mean = weighted_mean([(s, self._sizes[c][split]) for c, s in scores.items()])
-            found[name] = {"personal": mean, "worst": worst(scores.values(), self._task.lower_is_better)}
+            asked = [client for client in clients if name in known[client]]
+            requests = (Request("evaluate", completed, client, settings=settings) for client in asked)
+            states = {r.client: r.extra for r in guard.ask(self._engine.exchange, requests)}
+            found[name] = self._over_clients(self._scored(states, split))
+            if len(asked) < len(clients):
+                for scores in found[name].values():
+                    scores.pop(self._task.primary, None)
         return found
 
     def _summary(
-        self,
-        states: Mapping[View, Mapping[str, Mapping[str, Tensor]]],
-        table: Mapping[str, Mapping[View, Scores | None]],
-        split: str,
+        self, found: Mapping[View, Mapping[str, Scored]], shared: Mapping[str, Mapping[str, Tensor]] | None
     ) -> dict[View, Scores | None]:
-        weights = {client: sizes[split] for client, sizes in self._sizes.items()}
-        views: dict[View, Scores | None] = {
-            "personal": weighted_mean([(table[c]["personal"], weights[c]) for c in table]),
-            "worst": worst([table[c]["personal"] for c in table], self._task.lower_is_better),
-            "global": None,
-            "finetuned": None,
-        }
-        if "finetuned" in states:
-            views["finetuned"] = weighted_mean([(table[c]["finetuned"], weights[c]) for c in table])
-        if "global" in states:
-            views["global"] = self._task.metric().merge(states["global"].values()).compute()
+        views: dict[View, Scores | None] = {**self._over_clients(found["personal"]), "global": None, "finetuned": None}
+        if "finetuned" in found:
+            views["finetuned"] = self._over_clients(found["finetuned"])["personal"]
+        if shared is not None:
+            views["global"] = self._task.metric().merge(shared.values()).compute()
         return views
 
+    def _over_clients(self, found: Mapping[str, Scored]) -> dict[View, Scores]:
+        counts, rows = self._task.metric().counts, list(found.values())
+        return {"personal": weighted_mean(rows, counts), "worst": worst(rows, self._task.lower_is_better, counts)}
 
-def weighted_mean(rows: Iterable[tuple[Scores | None, int]]) -> Scores:
-    """Return the example-weighted mean of each score over the clients where it is defined; None if it is nowhere."""
-    known = [(scores, weight) for scores, weight in rows if scores is not None and weight > 0]
+
+def weighted_mean(rows: Iterable[Scored], counts: Collection[str] = ()) -> Scores:
+    """Return the mean of each score over the clients where it is defined, weighted by the examples behind it; the sum of counts.
+
+    None where it is defined nowhere.
+    """
+    known = [row for row in rows if row.examples > 0]
     result: Scores = {}
-    for name in dict.fromkeys(name for scores, _ in known for name in scores):
-        defined = [(scores[name], weight) for scores, weight in known if scores.get(name) is not None]
-        total = sum(weight for _, weight in defined)
+    for name in dict.fromkeys(name for row in known for name in row.scores):
+        defined = [(value, row.weight(name)) for row in known if (value := row.scores.get(name)) is not None]
         # Exactly rounded, so that the order of the clients in the config changes no bit.
-        result[name] = math.fsum(float(v) * w for v, w in defined if v is not None) / total if total else None
+        if name in counts:
+            result[name] = math.fsum(value for value, _ in defined) if defined else None
+        else:
+            total = sum(weight for _, weight in defined)
+            result[name] = math.fsum(value * weight for value, weight in defined) / total if total else None
     return result
 
 
-def worst(rows: Iterable[Scores | None], lower_is_better: Collection[str] = ()) -> Scores:
-    """Return the worst value of each score over the clients where it is defined: the least, or the largest if low is good."""
-    known = [scores for scores in rows if scores is not None]
-    names = dict.fromkeys(name for scores in known for name in scores)
+def worst(rows: Iterable[Scored], lower_is_better: Collection[str] = (), counts: Collection[str] = ()) -> Scores:
+    """Return the worst value of each score over the clients where it is defined: the least, or the largest if low is good.
+
+    Counts are left out: the client with the most examples has the most of anything.
+    """
+    known = [row.scores for row in rows]
+    names = dict.fromkeys(name for scores in known for name in scores if name not in counts)
     defined = {name: [v for s in known if (v := s.get(name)) is not None] for name in names}
     return {n: (max(v) if n in lower_is_better else min(v)) if v else None for n, v in defined.items()}

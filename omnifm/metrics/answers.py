@@ -35,6 +35,7 @@ _EXPANSIONS = (
 )
 _APOSTROPHES = re.compile("[\u2019\u2018\u02bc`\u00b4]")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
+_BARE_POINT = re.compile(r"(?<![\w.])\.(?=\d)")
 _NO_DECIMAL_POINT = re.compile(r"(?<!\d)\.|\.(?!\d)")
 _NO_WORD = re.compile(r"[^\w.]|_")
 MAX_ORDER = 4
@@ -44,14 +45,15 @@ def tokens(text: str) -> list[str]:
     """Return the words of `text` that count.
 
     In this order: Unicode NFKC and lower case; contractions with an apostrophe are written out (`isn't`: is not; `there's`: there
-    is) and other apostrophes dropped (`patient's`: patients); commas between thousands go; every sign but the decimal point of a
-    number becomes a space (`x-ray`: x ray); contractions without apostrophe are written out (`dont`: do not); the words zero to
-    twenty and the tens to ninety become numbers; `a`, `an` and `the` go, unless nothing else is left.
+    is) and other apostrophes dropped (`patient's`: patients); commas between thousands go; `.5` becomes 0.5; every other sign
+    but the decimal point of a number becomes a space (`x-ray`: x ray); contractions without apostrophe are written out (`dont`:
+    do not); the words zero to twenty and the tens to ninety become numbers; `a`, `an` and `the` go, unless nothing else is left.
     """
     text = _APOSTROPHES.sub("'", unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower()))
     for pattern, words in _EXPANSIONS:
         text = pattern.sub(words, text)
     text = _THOUSANDS.sub("", text.replace("'", ""))
+    text = _BARE_POINT.sub("0.", text)
     text = _NO_WORD.sub(" ", _NO_DECIMAL_POINT.sub(" ", text))
     written = [word for token in text.split() for word in CONTRACTIONS.get(token, (token,))]
     found = [NUMBER_WORDS.get(word, word) for word in written]

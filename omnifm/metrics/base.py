@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Self
 
@@ -15,6 +16,9 @@ NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 class Metric(ABC):
     """A score whose state merges across clients exactly: merging states, then computing, equals computing on the union."""
+
+    counts: frozenset[str] = frozenset()
+    """Names among the scores that count something: those of the clients are added up, and there is no worst of them."""
 
     @abstractmethod
     def update(self, prediction: Tensor, target: Tensor, row: Tensor, side: Mapping[str, Tensor] = NOTHING) -> None:
@@ -31,3 +35,10 @@ class Metric(ABC):
     @abstractmethod
     def compute(self) -> Scores:
         """Return the scores; None where a score is undefined (no examples, a class that never occurs)."""
+
+    def shares(self) -> dict[str, Fraction]:
+        """Return which share of the examples is behind a score, by name, where it is a mean over some of them alone.
+
+        The mean over clients weights the score of closed questions by how many closed questions each has, not by all of them.
+        """
+        return {}

@@ -22,6 +22,8 @@ from omnifm.metrics.base import NOTHING, Metric, Scores
 class ClassificationMetric(Metric):
     """Keeps `(n, classes)` probabilities, `(n,)` labels and `(n,)` rows."""
 
+    counts = frozenset({"auc_classes_skipped"})
+
     def __init__(self, num_classes: int) -> None:
         self._classes = num_classes
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []

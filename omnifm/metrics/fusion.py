@@ -21,8 +21,10 @@ out of its mean; `undefined` counts the pairs with such a score, and a score tha
 
 import math
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -66,6 +68,8 @@ def pair_scores(first: scores.Plane, second: scores.Plane, fused: scores.Plane) 
 class FusionMetric(Metric):
     """Keeps one line of scores per pair."""
 
+    counts = frozenset({"undefined"})
+
     def __init__(self) -> None:
         self._lines: list[Tensor] = []  # each (k, names) float64, NaN where undefined
 
@@ -101,9 +105,20 @@ class FusionMetric(Metric):
 
     def compute(self) -> Scores:
         """Return the mean of each score, and `undefined`."""
-        lines = torch.cat([torch.zeros(0, len(NAMES), dtype=torch.float64), *self._lines]).numpy()
+        lines, known = self._known()
         if not len(lines):
             return dict.fromkeys((*NAMES, "undefined"))
-        known = ~np.isnan(lines)
         means = [float(line[there].mean()) if there.any() else None for line, there in zip(lines.T, known.T, strict=True)]
         return {**dict(zip(NAMES, means, strict=True)), "undefined": float((~known).any(axis=1).sum())}
+
+    def shares(self) -> dict[str, Fraction]:
+        """Return the share of the pairs that have a score, where some have none."""
+        lines, known = self._known()
+        return {
+            name: Fraction(int(there.sum()), len(lines)) for name, there in zip(NAMES, known.T, strict=True) if not there.all()
+        }
+
+    def _known(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+        """Return the lines `(n, names)`, and where they are defined."""
+        lines = torch.cat([torch.zeros(0, len(NAMES), dtype=torch.float64), *self._lines]).numpy()
+        return lines, ~np.isnan(lines)

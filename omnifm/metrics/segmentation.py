@@ -34,6 +34,8 @@ class SegmentationMetric(Metric):
         scored: names of those that this client's truth tells of; the others are neither right nor wrong.
     """
 
+    counts = frozenset({"missed", "empty_cases"})
+
     def __init__(self, structures: Structures, scored: Iterable[str] | None = None) -> None:
         self._structures = dict(structures)
         self._scored = set(structures if scored is None else scored)

@@ -125,6 +125,8 @@ def _colour_scores(exact: Picture, true: Picture) -> dict[str, float]:
 class SuperResolutionMetric(Metric):
     """Keeps one line of scores per picture, `(n, names)` float64."""
 
+    counts = frozenset({"capped"})
+
     def __init__(self) -> None:
         self._lines: list[Tensor] = []
 

@@ -9,8 +9,11 @@
     bleu1 .. bleu4      sentence BLEU with Lin and Och's smoothing                          open questions
     accuracy/TYPE       exact match                                                         questions of a type
     f1/TYPE             F1                                                                  questions of a type
-    disjoint_accuracy   exact match                                                         questions on images unseen in training
+    disjoint_accuracy   exact match                                                         questions called image-disjoint
     forced_NAME         the first nine, where each word was predicted after the true words before it
+
+`disjoint_accuracy` knows only cohorts that say of their questions whether the image is unseen in training (VQA-RAD); the test
+questions of others are left out of it, also where all of their images are unseen.
 
 `closed` is what the cohort says, whether the answer is yes, no or another choice; nothing is restricted to the choices.
 Scores under teacher forcing (the published numbers of FedVLMBench are such) are not comparable with the others: the model is told
@@ -20,6 +23,7 @@ Text travels as code points, so that predictions, like everything else, are tens
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -30,6 +34,8 @@ from omnifm.metrics.base import NOTHING, Metric, Scores
 
 _PAD = -1
 _LINE = ("exact", "f1", "recall", *(f"bleu{n}" for n in range(1, MAX_ORDER + 1)))
+_Mean = tuple[Tensor, Tensor]
+"""A value per question, and which questions count, both `(n,)`."""
 _OPEN = {"open_exact": "exact", "open_f1": "f1", "open_recall": "recall"} | {n: n for n in _LINE if n.startswith("bleu")}
 
 
@@ -108,26 +114,32 @@ class VqaMetric(Metric):
 
     def compute(self) -> Scores:
         """Return the scores in the order of the table above."""
+        means = self._means()
+        return {name: float(values[chosen].mean()) if bool(chosen.any()) else None for name, (values, chosen) in means.items()}
+
+    def shares(self) -> dict[str, Fraction]:
+        """Return the share of the questions that are closed, open, of a type, on unseen images, by score."""
+        counts = {name: int(chosen.sum()) for name, (_, chosen) in self._means().items()}
+        total = counts["accuracy"]
+        return {name: Fraction(count, total) for name, count in counts.items() if count < total}
+
+    def _means(self) -> dict[str, _Mean]:
+        """Return what each score is the mean of, and over which questions."""
         state = self.state()
         columns = dict(zip(_LINE, state["line"][:, 0].T, strict=True))
-        closed, unseen = state["closed"].bool(), state["disjoint"].bool()
-        scores = _main(columns, closed)
+        closed = state["closed"].bool()
+        means = _main(columns, closed)
         for place, name in enumerate(self._types):
             chosen = state["question_type"][:, place].bool()
-            scores |= {f"accuracy/{name}": _mean(columns["exact"], chosen), f"f1/{name}": _mean(columns["f1"], chosen)}
+            means |= {f"accuracy/{name}": (columns["exact"], chosen), f"f1/{name}": (columns["f1"], chosen)}
         if self._disjoint:
-            scores["disjoint_accuracy"] = _mean(columns["exact"], unseen)
+            means["disjoint_accuracy"] = (columns["exact"], state["disjoint"].bool())
         if self._forced:
             forced = _main(dict(zip(_LINE, state["line"][:, 1].T, strict=True)), closed)
-            scores |= {f"forced_{name}": value for name, value in forced.items()}
-        return scores
+            means |= {f"forced_{name}": mean for name, mean in forced.items()}
+        return means
 
 
-def _main(columns: Mapping[str, Tensor], closed: Tensor) -> Scores:
-    everything = torch.ones_like(closed)
-    scores = {"accuracy": _mean(columns["exact"], everything), "closed_accuracy": _mean(columns["exact"], closed)}
-    return scores | {name: _mean(columns[column], ~closed) for name, column in _OPEN.items()}
-
-
-def _mean(values: Tensor, chosen: Tensor) -> float | None:
-    return float(values[chosen].mean()) if bool(chosen.any()) else None
+def _main(columns: Mapping[str, Tensor], closed: Tensor) -> dict[str, _Mean]:
+    means = {"accuracy": (columns["exact"], torch.ones_like(closed)), "closed_accuracy": (columns["exact"], closed)}
+    return means | {name: (columns[column], ~closed) for name, column in _OPEN.items()}

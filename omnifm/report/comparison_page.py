@@ -38,6 +38,7 @@ from omnifm.report.statistics import (
 from omnifm.report.writing import write
 
 _MOST_SCORES = 12
+_LEVEL = 0.05
 VIEWS = ("personal", "worst", "global", "finetuned", "best_personal", "best_finetuned")
 _VIEW_LABELS = {name: label for name, (label, _) in define.VIEWS.items()} | {
     "best_personal": "own models, best on validation",
@@ -194,8 +195,24 @@ def _differences(comparison: Comparison, reference: str, metric: str) -> Section
             blocks += [figure, table] if figure else [table]
     if not blocks:
         blocks = [Note("Nothing to compare: there is one method, or no seed that two methods share.")]
-    lead = f"{reference} minus each other method, seed by seed. Above zero, {reference} has the higher score."
+    lead = (
+        f"{reference} minus each other method, seed by seed. Above zero, {reference} has the higher score. Coloured: what the "
+        "t-test finds at 5 % after Holm's adjustment for the number of methods. Without colour nothing is shown, either way."
+    )
+    blocks = [*_commits(comparison, reference), *blocks]
     return Section("differences", "Is the difference real?", tuple(blocks), lead)
+
+
+def _commits(comparison: Comparison, reference: str) -> list[Block]:
+    """Warn where a method's cell and the reference's beside it were run at different commits."""
+    rows = [row for row in comparison.rows if row.get("commit")]
+    own = {(row["participation"], row["seed"]): row["commit"] for row in rows if method_of(row) == reference}
+    apart = [row for row in rows if row["commit"] != own.get((row["participation"], row["seed"]), row["commit"])]
+    if not apart:
+        return []
+    names = ", ".join(dict.fromkeys(method_of(row) for row in apart))
+    text = f"Not run at the commit of {reference}'s cells: {names}. A difference to these may be one between versions."
+    return [Note(text, "warning")]
 
 
 def _difference_table(results: list[Paired], caption: str) -> Table:
@@ -206,15 +223,16 @@ def _difference_table(results: list[Paired], caption: str) -> Table:
         "95 % Student",
         "95 % bootstrap",
         "seeds",
+        "p, t-test, Holm",
         "p, Wilcoxon",
-        "p, Holm",
+        "p, Wilcoxon, Holm",
     )
     return Table(head, tuple(_difference_row(result) for result in results), labels=2, caption=caption)
 
 
 def _difference_row(result: Paired) -> tuple[Cell, ...]:
-    excludes_zero = result.student is not None and (result.student[0] > 0 or result.student[1] < 0)
-    tone = ("good" if (result.difference or 0) > 0 else "bad") if excludes_zero else ""
+    found = result.ttest_holm is not None and result.ttest_holm < _LEVEL
+    tone = ("good" if (result.difference or 0) > 0 else "bad") if found else ""
     too_few = Cell(f"{result.pairs} of {WILCOXON_MIN_PAIRS} pairs", "muted")
     return (
         Cell(result.b, "strong"),
@@ -223,6 +241,7 @@ def _difference_row(result: Paired) -> tuple[Cell, ...]:
         _interval(result.student),
         _interval(result.bootstrap),
         Cell(f"{result.seeds}" + (f" ({result.undefined} pairs undefined)" if result.undefined else "")),
+        Cell("needs 2 seeds", "muted") if result.ttest_holm is None else Cell(f"{result.ttest_holm:.3g}"),
         too_few if result.wilcoxon is None else Cell(f"{result.wilcoxon:.3g}"),
         too_few if result.holm is None else Cell(f"{result.holm:.3g}"),
     )
@@ -317,12 +336,14 @@ def write_summary(comparison: Comparison, reference: str | None = None) -> None:
 
 SUMMARY_HEAD = (
     *("method", "participation", "metric", "mean", "std", "count", "undefined", "reference", "reference_minus_method"),
-    *("bootstrap_low", "bootstrap_high", "student_low", "student_high", "seeds", "pairs", "wilcoxon_p", "holm_p", "note"),
+    *("bootstrap_low", "bootstrap_high", "student_low", "student_high", "seeds", "pairs", "ttest_p", "ttest_holm_p"),
+    *("wilcoxon_p", "holm_p", "note"),
 )
 
 
 def _paired_fields(result: Paired | None) -> list[float | int | str | None]:
     if result is None:
-        return [None] * 10
+        return [None] * (len(SUMMARY_HEAD) - 8)
     bootstrap, student = result.bootstrap or (None, None), result.student or (None, None)
-    return [result.difference, *bootstrap, *student, result.seeds, result.pairs, result.wilcoxon, result.holm, result.note]
+    tests = (result.ttest, result.ttest_holm, result.wilcoxon, result.holm)
+    return [result.difference, *bootstrap, *student, result.seeds, result.pairs, *tests, result.note]

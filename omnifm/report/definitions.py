@@ -1,7 +1,11 @@
 """What each number of a report means, in plain words."""
 
 _METRICS = {
-    "score": ("score over the tasks", "Mean over the tasks of their main scores, each divided by the value that counts as full."),
+    "score": (
+        "score over the tasks",
+        "A client's main score, divided by the value that counts as full in its task; mean over the clients, weighted by their "
+        "number of test images. Of one global model: mean over the tasks. Read the tasks' own scores.",
+    ),
     "accuracy": ("accuracy", "Share of test images whose most probable class is the true one."),
     "auc": (
         "AUC",
@@ -10,12 +14,13 @@ _METRICS = {
     ),
     "auc_classes_skipped": (
         "classes left out of the AUC",
-        "How many classes the AUC leaves out because they never occur, or always do, in the test set. A count, not a score.",
+        "How many classes the AUC leaves out because they never occur, or always do, in the test set. A count, not a score. "
+        "Of own models: added up over the clients.",
     ),
     "f1_union": (
         "macro-F1 (all labels)",
-        "F1 averaged over every label of the client's label set, also those that never occur in the test set (they count 0). "
-        "It can stay low although almost every image is right.",
+        "F1 averaged over every label of all cohorts together, also those that a client does not have or that never occur in its "
+        "test set (they count 0). It can stay low although almost every image is right.",
     ),
     "dice": ("Dice", "2|P∩G| / (|P|+|G|) per case and structure; both empty counts 1, one of them empty 0. Mean over the cases."),
     "hd95": (
@@ -23,12 +28,25 @@ _METRICS = {
         "The larger of the two directed 95th percentiles of surface distances, in mm for volumes, in pixels of the network's "
         "grid. A missed structure counts the diagonal of the image. Less is better.",
     ),
-    "missed": ("missed structures", "Structures that are in the truth or in the prediction alone. A count, not a score."),
-    "empty_cases": ("empty structures", "Structures absent from truth and prediction alike. A count, not a score."),
+    "missed": (
+        "missed structures",
+        "Structures that are in the truth or in the prediction alone. A count, not a score; of all clients together.",
+    ),
+    "empty_cases": (
+        "empty structures",
+        "Structures absent from truth and prediction alike. A count, not a score; of all clients together.",
+    ),
+    "capped": ("equal images", "Images whose PSNR was cut off at 100 dB. A count, not a score; of all clients together."),
+    "undefined": ("undefined", "Pairs of which some score is undefined. A count, not a score; of all clients together."),
     "psnr": ("PSNR", "10 log10(255² / MSE) in dB on luminance rounded to 8 bits, a border as wide as the factor left out."),
     "ssim": ("SSIM", "Structural similarity, Gaussian window of 11 pixels; which images it compares is in the task's page."),
     "vif": ("VIF", "Visual information fidelity of the fused image against its two sources, mean over the two, on 0 to 255."),
     "closed_accuracy": ("accuracy, closed questions", "Closed questions whose normalised answer is exactly the true one."),
+    "disjoint_accuracy": (
+        "accuracy, unseen images",
+        "Accuracy on questions whose image is in no training question, in cohorts that say so of each question; other cohorts "
+        "are not in it, whatever their images.",
+    ),
     "open_exact": ("exact match, open questions", "Open questions whose normalised answer is exactly the true one."),
     "open_recall": ("token recall, open questions", "Share of the true answer's words that are in the given one."),
     "f1_present": ("macro-F1 (labels present)", "F1 averaged over the labels that occur in the truth or in the predictions."),
@@ -38,17 +56,21 @@ VIEWS = {
     "personal": (
         "own models",
         "Each client's own model (the shared part and what it keeps to itself) on that client's own test images; the mean over "
-        "clients, weighted by their number of test images.",
+        "clients, weighted by their number of test images (of closed questions, where the score is over those). Counts are "
+        "added up.",
     ),
-    "worst": ("worst client", "The worst of the clients' own-model scores: what the least served hospital gets."),
+    "worst": (
+        "worst client",
+        "The worst of the clients' own-model scores: what the least served hospital gets. Counts have none.",
+    ),
     "global": (
         "one global model",
         "The single shared model on all clients' test images together. Undefined for a method that has no such model.",
     ),
     "finetuned": (
         "after fine-tuning",
-        "As own models, but each client first trains one more epoch on its own data. It shows what a few minutes of local "
-        "training can make up for.",
+        "As own models, but each client first trains some more on its own data (`federation.finetune_epochs`, one epoch unless "
+        "set). It shows what a few minutes of local training can make up for.",
     ),
 }
 
@@ -101,8 +123,16 @@ COMPARISON = (
     ),
     (
         "95 % interval",
-        "Bootstrap: percentiles of the mean over resampled seeds, too narrow for few seeds. Student: assumes normal differences, "
-        "wide for few seeds. Believe a difference whose Student interval leaves out 0.",
+        "Of one difference by itself. Bootstrap: percentiles of the mean over resampled seeds, too narrow for few seeds. "
+        "Student: assumes normal differences, wide for few seeds. Where many methods are compared, some interval leaves out 0 by "
+        "chance.",
+    ),
+    (
+        "t-test, Holm",
+        "Paired t-test over the seeds, adjusted for the number of methods compared in the table at one participation. Below .05 "
+        "the difference is coloured: believe that one. Where no method differs from the reference, one table in twenty has a "
+        "coloured difference, so of many tables read one that you chose beforehand. With few seeds only large differences are "
+        "found: no colour does not mean that two methods are equal.",
     ),
     (
         "Wilcoxon, Holm",
@@ -111,7 +141,7 @@ COMPARISON = (
     ),
 )
 
-_COUNTS = frozenset({"auc_classes_skipped", "missed", "empty_cases", "capped"})
+_COUNTS = frozenset({"auc_classes_skipped", "missed", "empty_cases", "capped", "undefined"})
 
 # Scores for which less is better; everything else is better when larger.
 _LOWER_IS_BETTER = frozenset({"loss", "hd95", "asd", "rmse", "mae", "lpips", "ece"})

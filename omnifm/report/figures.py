@@ -42,8 +42,10 @@ def loss_curve(run: Run) -> Figure | None:
     data: list[Trace] = [_line("training loss", rounds, losses, "#0072B2", "solid")]
     at, penalties = by_round(run.client_events, lambda event: event.penalty)
     if any(penalties):
-        data.append(_line("of which penalty", at, penalties, "#D55E00", "dash"))
+        data.append(_line("penalty, added to the loss", at, penalties, "#D55E00", "dash"))
     caption = "How badly the models still fit the clients' training images; it should fall and level off."
+    if any(penalties):
+        caption += " A penalty of the strategy is no part of it: training lowers the sum of the two."
     return figure("loss", "Training loss", data, layout(round_axis(rounds), axis("loss")), caption + gaps(losses))
 
 

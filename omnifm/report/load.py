@@ -122,26 +122,34 @@ def read_run(folder: Path) -> Run:
 
 
 def read_comparison(folder: Path) -> Comparison:
-    """Read `table.csv` and every finished cell (a folder under `cells/` with a `metrics.json`).
+    """Read `table.csv` and the finished cells it is of (folders under `cells/` with a `metrics.json`).
+
+    What is in the folder of a cell that failed is another run, an older one: it is not read.
 
     Raises:
         CheckpointError: the table is missing, lacks a column or says one cell twice, or a finished cell is malformed.
     """
     rows = _read_table(folder / "table.csv")
-    finished = sorted(p.parent for p in (folder / "cells").glob("*/metrics.json"))
-    runs = {path.name: read_run(path) for path in finished}
-    return Comparison(folder, rows, tuple(_cell_of(row, runs) for row in rows), runs)
+    failed = {row.get("cell") for row in rows if not _finished(row)}
+    paths = sorted(p.parent for p in (folder / "cells").glob("*/metrics.json") if p.parent.name not in failed)
+    runs = {path.name: read_run(path) for path in paths}
+    cells = tuple(_cell_of(row, runs) for row in rows)
+    return Comparison(folder, rows, cells, {name: run for name, run in runs.items() if name in cells})
+
+
+def _finished(row: Row) -> bool:
+    return row.get("status", "ok") in ("ok", "")
 
 
 def _cell_of(row: Row, runs: dict[str, Run]) -> str | None:
-    if row.get("cell") in runs:
-        return row["cell"]
-    for name, run in runs.items():
-        found = run.metrics
-        same_job = (found.strategy, str(found.seed)) == (row["strategy"], row["seed"])
-        if same_job and found.participation == float(row["participation"]) and found.config_hash == row.get("config_hash", ""):
-            return name
-    return None
+    fits = [name for name, run in runs.items() if _finished(row) and _same(row, run.metrics)]
+    return row["cell"] if row.get("cell") in fits else next(iter(fits), None)
+
+
+def _same(row: Row, found: Metrics) -> bool:
+    """Say whether a run is the one a line is of: a folder may hold a run of another config under the cell's name."""
+    named = (found.strategy, str(found.seed), found.config_hash) == (row["strategy"], row["seed"], row.get("config_hash", ""))
+    return named and found.participation == float(row["participation"])
 
 
 def _read_table(path: Path) -> tuple[Row, ...]:

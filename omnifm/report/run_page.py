@@ -110,7 +110,7 @@ def _scores(run: Run) -> Section:
         tables.append(_reference_table(run.metrics.references, names))
     if best is not None:
         tables.append(_score_table(best.test, names, f"At round {best.round}, the best on validation"))
-    lead = "On images that no model was trained on. " + (
+    lead = "On the test split, which no model was trained on. " + (
         "Rounds are counted from 0." if best else "No round was chosen by validation; rounds are counted from 0."
     )
     notes = [Note(note) for note in run.metrics.notes]
@@ -135,7 +135,10 @@ def _reference_table(references: dict[str, dict[str, Scores | None]], names: Seq
 def _score_cells(scores: Scores | None, names: Sequence[str]) -> list[Cell]:
     if scores is None:
         return [Cell("none", "muted") for _ in names]
-    return [number_cell(scores.get(name), "strong" if i == 0 else "") for i, name in enumerate(names)]
+    return [
+        number_cell(scores[name], "strong" if i == 0 else "") if name in scores else Cell("none", "muted")
+        for i, name in enumerate(names)
+    ]
 
 
 def _curves(run: Run) -> Section:

@@ -9,6 +9,7 @@ tensor is averaged over the clients that train it. Heads count as the client's o
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import Any, ClassVar
 
@@ -140,6 +141,7 @@ class MixedMetric(Metric):
     def __init__(self, metrics: Mapping[str, Metric], main: Mapping[str, tuple[str, float]]) -> None:
         self._metrics = metrics
         self._main = main
+        self.counts = frozenset(f"{task}/{name}" for task, metric in metrics.items() for name in metric.counts)
 
     def update(self, prediction: Tensor, target: Tensor, row: Tensor, side: Mapping[str, Tensor] = NOTHING) -> None:
         """Add a batch of the one task that this metric is for."""
@@ -166,6 +168,10 @@ class MixedMetric(Metric):
         known = [value / full for value, full in main if value is not None]
         own = {f"{task}/{name}": value for task, found in scores.items() for name, value in found.items()}
         return {"score": sum(known) / len(known) if known else None, **own}
+
+    def shares(self) -> dict[str, Fraction]:
+        """Return the shares of every task's examples, `task/name`."""
+        return {f"{task}/{name}": share for task, metric in self._metrics.items() for name, share in metric.shares().items()}
 
 
 class _OneTask(Model):

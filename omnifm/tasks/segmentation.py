@@ -176,7 +176,7 @@ class Segmentation(Task):
         self.one_label_space = len({tuple(sorted(set(numbers))) for numbers in self._numbers.values()}) == 1
         self._structures = self._scored_structures()
         names = (*self._structures, "")
-        self.lower_is_better = frozenset({"hd95", "missed", *(f"hd95/{name}" for name in names)})
+        self.lower_is_better = frozenset({"hd95", *(f"hd95/{name}" for name in names)})
         self._images = {n: load_images(c, size, config.data.channels, data.cache) for n, c in data.local.items()}
         self._masks = {n: load_masks(c, size, data.cache) for n, c in data.local.items()}
 

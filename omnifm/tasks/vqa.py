@@ -149,7 +149,7 @@ class Vqa(Task):
         self._facts = {name: self._facts_of(cohort) for name, cohort in cohorts.items()}
         self.network = self._network(cohorts)
         self._seen = {name: self._look(cohort) for name, cohort in cohorts.items()}
-        self.notes = _notes(options)
+        self.notes = (*_notes(options), *_images_seen(cohorts))
 
     @classmethod
     def introduce(cls, cohort: Cohort, plan: ClientPlan, discretion: Discretion) -> tuple[ClientPlan, Words | None]:
@@ -311,3 +311,14 @@ def _notes(options: VqaOptions) -> tuple[str, ...]:
     if options.blind:
         found.append("Images were replaced by black ones: these are answers to the questions alone.")
     return tuple(found)
+
+
+def _images_seen(cohorts: Mapping[str, Cohort]) -> list[str]:
+    """Say of each cohort how many test questions are about an image that a training question is about: VQA-RAD has most."""
+    found = []
+    for name, cohort in cohorts.items():
+        trained = {row.image for row in cohort.rows if row.split == "train"}
+        seen = [row.image in trained for row in cohort.rows if row.split == "test"]
+        if any(seen):
+            found.append(f"{name}: {sum(seen)} of {len(seen)} test questions are about images that are in training too.")
+    return found

@@ -1,3 +1,5 @@
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -6,28 +8,84 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
-from omnifm.federation.evaluation import weighted_mean, worst
+from omnifm.federation.evaluation import Scored, weighted_mean, worst
 from omnifm.federation.sharing import write
 from omnifm.metrics.base import Scores
+from omnifm.metrics.classification import ClassificationMetric
 from omnifm.tasks.base import Split
-from tests.support import CLASSES, HOSPITALS, Hospital, Lab, Spy, differing, make_lab, spy
+from tests.support import CLASSES, HOSPITALS, Hospital, Lab, MemorySplit, Spy, differing, make_lab, spy
 
 
 def test_the_mean_is_weighted_and_leaves_out_what_is_undefined() -> None:
-    rows: list[tuple[Scores | None, int]] = [
-        ({"a": 1.0, "b": None, "c": None}, 1),
-        ({"a": 0.0, "b": 0.5, "c": None}, 3),
-        (None, 100),
-        ({"a": 0.9, "b": 0.9, "c": 0.9}, 0),
+    rows = [
+        Scored({"a": 1.0, "b": None, "c": None}, 1),
+        Scored({"a": 0.0, "b": 0.5, "c": None}, 3),
+        Scored({"a": 0.9, "b": 0.9, "c": 0.9}, 0),
     ]
     assert weighted_mean(rows) == {"a": 0.25, "b": 0.5, "c": None}
-    assert weighted_mean([]) == {} and weighted_mean([(None, 3)]) == {}
+    assert weighted_mean([]) == {} and weighted_mean([Scored({"a": 1.0}, 0)]) == {}
+
+
+def test_a_score_over_some_of_the_examples_is_weighted_by_those() -> None:
+    """9 of 10 right among 10 closed questions of 100, 1 of 3 among 3 of 3: 10 of 13, not nearly 9 of 10."""
+    rows = [Scored({"all": 0.5, "closed": 0.9}, 100, {"closed": Fraction(10, 100)}), Scored({"all": 0.0, "closed": 1 / 3}, 3)]
+    assert weighted_mean(rows) == {"all": pytest.approx(50 / 103), "closed": pytest.approx(10 / 13)}
+
+
+def test_counts_are_added_up_and_have_no_worst() -> None:
+    rows = [Scored({"a": 0.5, "missed": 9.0}, 90), Scored({"a": 0.4, "missed": 1.0}, 10), Scored({"a": 0.3, "missed": None}, 5)]
+    assert weighted_mean(rows, {"missed"})["missed"] == 10.0
+    assert worst(rows, counts={"missed"}) == {"a": 0.3}
+    assert weighted_mean(rows[2:], {"missed"})["missed"] is None, "undefined is not 0"
+
+
+class ByClass(ClassificationMetric):
+    """Beside the others: mean probability of class 0 among the images of class 0, and how many images there are."""
+
+    counts = frozenset({"images"})
+
+    def _first(self) -> torch.Tensor:
+        state = self.state()
+        return state["probability"][state["label"] == 0, 0]
+
+    def compute(self) -> Scores:
+        first = float(self._first().mean()) if len(self._first()) else None
+        return {**super().compute(), "first": first, "images": float(len(self.state()["label"]))}
+
+    def shares(self) -> dict[str, Fraction]:
+        return {"first": Fraction(len(self._first()), len(self.state()["label"]))}
+
+    def merge(self, states: Iterable[Mapping[str, torch.Tensor]]) -> "ByClass":
+        union = ByClass(CLASSES)
+        union._parts = super().merge(states)._parts
+        return union
+
+
+def test_where_all_clients_have_one_model_means_over_examples_do_not_depend_on_who_holds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Client b has one image of class 0 among 17: its score of them weighs little."""
+    hospitals = (Hospital("a", "CT", 10, test=3), Hospital("b", "MRI", 6, test=17), Hospital("c", "US", 8, test=7))
+    lab = make_lab(tmp_path, hospitals=hospitals)
+    test = lab.task.client_data("b").test
+    assert isinstance(test, MemorySplit)
+    test.labels[test.labels == 0] = 1
+    test.labels[0] = 0
+    monkeypatch.setattr(lab.task, "metric", lambda client=None: ByClass(CLASSES))
+    found = lab.evaluate(lab.start())
+    personal, shared, lowest = (found.views[view] for view in ("personal", "global", "worst"))
+    assert personal is not None and shared is not None and lowest is not None
+    own = {c: views["personal"]["first"] for c, views in found.clients.items()}  # type: ignore[index]
+    assert len(set(own.values())) == 3, "or any weights would do"
+    for name in ("accuracy", "first", "images"):
+        assert personal[name] == pytest.approx(shared[name])
+    assert lowest["first"] == min(v for v in own.values() if v is not None) and "images" not in lowest
 
 
 def test_the_worst_is_per_score() -> None:
-    rows: list[Scores | None] = [{"a": 0.5, "b": None}, None, {"a": 0.2, "b": None}, {"a": None, "b": None, "c": 1.0}]
-    assert worst(rows) == {"a": 0.2, "b": None, "c": 1.0}
-    assert worst([None]) == {} and worst([{"a": 0.0}, {"a": 0.1}]) == {"a": 0.0}
+    rows: list[Scores] = [{"a": 0.5, "b": None}, {"a": 0.2, "b": None}, {"a": None, "b": None, "c": 1.0}]
+    assert worst(Scored(row, 1) for row in rows) == {"a": 0.2, "b": None, "c": 1.0}
+    assert worst([]) == {} and worst([Scored({"a": 0.0}, 1), Scored({"a": 0.1}, 1)]) == {"a": 0.0}
 
 
 def predict(lab: Lab, tensors: dict[str, torch.Tensor], split: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +135,8 @@ def test_clients_without_examples_have_no_score_and_no_weight(tmp_path: Path) ->
     lab = make_lab(tmp_path, hospitals=hospitals, engine=Spy)
     found = lab.evaluate(lab.run(), finetune=True)
     assert found.clients["b"] == {"personal": None, "global": None, "finetuned": None}
-    assert found.views["personal"] == found.clients["a"]["personal"] == found.views["worst"]
+    assert found.views["personal"] == found.clients["a"]["personal"]
+    assert found.views["worst"] == {n: v for n, v in (found.views["personal"] or {}).items() if n != "auc_classes_skipped"}
     assert all(q.client == "a" for q in spy(lab).requests if q.kind == "evaluate")
 
 
@@ -138,6 +197,6 @@ def test_a_client_is_scored_with_the_shared_tensors_that_are_its_own(tmp_path: P
 
 
 def test_a_weighted_mean_does_not_depend_on_the_order_of_the_clients() -> None:
-    rows: list[tuple[Scores | None, int]] = [({"x": 0.1 * i}, 7 * i + 1) for i in range(1, 9)]
+    rows = [Scored({"x": 0.1 * i}, 7 * i + 1, {"x": Fraction(i, 10)} if i % 3 else {}) for i in range(1, 9)]
     orders = [rows, rows[::-1], rows[4:] + rows[:4], rows[1::2] + rows[::2]]
     assert len({weighted_mean(order)["x"] for order in orders}) == 1

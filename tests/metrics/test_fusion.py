@@ -1,6 +1,7 @@
 """Scores of fused pictures against hand-computed values, slow loops, scipy and sklearn; one test per known trap."""
 
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from sklearn.metrics import mutual_info_score, normalized_mutual_info_score
 
 from omnifm.data.cohort import Cohort
 from omnifm.errors import DataError
+from omnifm.federation.evaluation import Scored, weighted_mean
 from omnifm.metrics import fusion_scores as fs
 from omnifm.metrics.fusion import NAMES, FusionMetric, pair_scores
 from omnifm.seeds import numpy_generator
@@ -313,6 +315,16 @@ def test_undefined_scores_are_counted_and_never_numbers() -> None:
     alone = score((A, B, B)).compute()
     assert alone["scd"] is None and alone["vif"] is not None
     assert all(t.isfinite().all() for t in with_copy.state().values())
+
+
+def test_a_score_that_some_pairs_lack_weighs_as_many_as_have_it() -> None:
+    a, b = picture(1), picture(2)
+    some, all_of_them = score((a, b, a), (a, b, (a + b) / 2), (a, b, b)), score((a, b, (a + b) / 2))
+    assert some.shares() == {"scd": Fraction(1, 3)} and all_of_them.shares() == score().shares() == {}
+    pooled = score().merge([some.state(), all_of_them.state()]).compute()
+    rows = [Scored(some.compute(), 3, some.shares()), Scored(all_of_them.compute(), 1, all_of_them.shares())]
+    assert weighted_mean(rows, some.counts) == {name: pytest.approx(value) for name, value in pooled.items()}
+    assert pooled["undefined"] == 2.0
 
 
 def test_no_pairs_have_no_scores() -> None:

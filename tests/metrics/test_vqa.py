@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omnifm.errors import DataError
+from omnifm.federation.evaluation import Scored, weighted_mean
 from omnifm.metrics.answers import bleu, normalise, overlap, tokens
 from omnifm.metrics.vqa import VqaMetric, decode_texts, encode_texts
 
@@ -30,6 +31,9 @@ TYPES = ("organ", "plane")
         ("there's", "there is"),
         ("patient's left", "patients left"),
         ("1,200 ml; 3.5 cm.", "1200 ml 3.5 cm"),
+        (".5 cm", "0.5 cm"),
+        ("Is it .5 cm, -.25 or 5?", "is it 0.5 cm 0.25 or 5"),
+        ("fig.5 ... 7", "fig 5 7"),
         ("A", "a"),
         ("the", "the"),
         ("Yes!", "yes"),
@@ -195,6 +199,26 @@ def test_merged_states_are_the_union(cases: list[tuple[int, int, int, int]], cut
     states = [metric(part).state() for part in (cases[:cut], cases[cut:])]
     assert all(bool(t.isfinite().all()) for state in states for t in state.values())
     assert fresh(forced=True, disjoint=True).merge(states).compute() == metric(cases).compute()
+
+
+def test_means_over_clients_weighted_by_what_is_behind_them_are_the_pooled_scores() -> None:
+    """Three clients with unlike numbers of closed questions, types and unseen images; one of them has no closed question."""
+    told = ["yes", "normal", "no", "left lung", "yes", "no", "no", "hypodense", "normal"]
+    truth = ["yes", "no", "no", "hypodense", "no", "no", "no", "left lung", "normal"]
+    closed, unseen = [1, 0, 1, 0, 1, 1, 1, 0, 0], [1, 0, 0, 0, 1, 1, 0, 0, 1]
+    types = [[1, 0], [0, 1], [1, 1], [0, 1], [1, 0], [1, 0], [0, 0], [1, 0], [1, 1]]
+    states, rows = [], []
+    for part in (slice(0, 2), slice(2, 7), slice(7, 9)):
+        metric = fresh(forced=True, disjoint=True)
+        said = torch.stack([encode_texts(told), encode_texts(told[::-1])], dim=1)[part]
+        target = torch.tensor([ANSWERS.index(t) for t in truth[part]])
+        metric.update(said, target, torch.arange(len(target)), side(closed[part], types[part], unseen[part]))
+        states.append(metric.state())
+        rows.append(Scored(metric.compute(), len(target), metric.shares()))
+    pooled = fresh(forced=True, disjoint=True).merge(states).compute()
+    assert weighted_mean(rows) == {name: pytest.approx(value) for name, value in pooled.items()}
+    assert rows[1].shares["closed_accuracy"] == Fraction(4, 5) and "accuracy" not in rows[1].shares
+    assert fresh().shares() == {}
 
 
 def test_answers_of_another_shape_are_refused() -> None:

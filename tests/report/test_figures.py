@@ -39,6 +39,9 @@ def test_a_run_has_all_its_figures_and_plotly_accepts_them(run: Run) -> None:
     for figure in found.values():
         check_schema(figure)
         assert figure.caption
+    # The loss that a client reports is the task's: the penalty is beside it.
+    names = [trace["name"] for trace in found["loss"].spec["data"]]
+    assert names == ["training loss", "penalty, added to the loss"] and "no part of it" in found["loss"].caption
 
 
 def test_a_comparison_has_all_its_figures_and_plotly_accepts_them(tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ def test_a_run_report_says_what_a_reader_needs(run_report: Path) -> None:
         "undefined",
     ):
         assert words in text
+    assert "On the test split, which no model was trained on." in text and "images that no model" not in text
     assert text.count("✓ correct") == 5 and text.count("✗ wrong") == 3
 
 

@@ -1,3 +1,4 @@
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,24 @@ def test_cells_are_found_by_their_config_hash(tmp_path: Path) -> None:
     text = (folder / "table.csv").read_text().replace("hash-local", "hash-other")
     (folder / "table.csv").write_text(text)
     assert load.read_comparison(folder).cells == (None, "omnifm-p0.2-s0")
+
+
+def test_a_line_is_not_shown_with_another_run_that_lies_in_its_cell(tmp_path: Path) -> None:
+    """The cell failed because an older run of another config is in its folder, or a line is of another config than the folder."""
+    folder = write_compare(tmp_path, methods=("local", "omnifm"), seeds=(0, 1), participations=(0.2,), rounds=2)
+    with (folder / "table.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = load.read_comparison(folder).cells
+    rows = [{"cell": str(name), **row} for row, name in zip(rows, names, strict=True)]
+    rows[0] |= {"status": "config.toml: the run was started with another config"}
+    rows[1] |= {"config_hash": "another"}
+    (folder / "cells" / str(names[0]) / "events.jsonl").write_text("damaged")
+    with (folder / "table.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    found = load.read_comparison(folder)
+    assert found.cells == (None, None, *names[2:]) and list(found.runs) == list(names[2:])
 
 
 @pytest.mark.parametrize(

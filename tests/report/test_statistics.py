@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import ttest_1samp
+from scipy.stats import ttest_1samp, ttest_rel
 
 from omnifm.errors import ConfigError
 from omnifm.report import statistics
@@ -93,6 +93,25 @@ def test_wilcoxon_is_exact_from_six_pairs_on() -> None:
     # All six ranks on one side: 2 of 2^6 equally likely sign patterns are as extreme.
     assert first.wilcoxon == pytest.approx(2 / 64)
     assert (first.b, first.holm, second.b, second.holm) == ("b", pytest.approx(4 / 64), "c", pytest.approx(4 / 64))
+
+
+def test_the_t_test_is_scipys_and_is_adjusted_over_the_methods() -> None:
+    """Holm by hand for three: the least p times 3, the next times 2, and none below the one before it."""
+    scores = {"a": [0.9, 0.82, 0.87], "b": [0.7, 0.65, 0.66], "c": [0.8, 0.77, 0.76], "d": [0.89, 0.84, 0.85], "e": [0.5]}
+    rows = rows_of({name: by_seed(list(values)) for name, values in scores.items()})
+    found = {r.b: r for r in statistics.compare(rows, "a", METRIC, 0.2)}
+    p = {name: float(ttest_rel(scores["a"], scores[name]).pvalue) for name in "bcd"}
+    assert {name: found[name].ttest for name in "bcd"} == pytest.approx(p)
+    assert p["b"] < p["c"] < p["d"]
+    expected = [3 * p["b"], max(3 * p["b"], 2 * p["c"]), max(2 * p["c"], p["d"])]
+    assert [found[name].ttest_holm for name in "bcd"] == pytest.approx(expected)
+    assert p["c"] < 0.05 < expected[1], "its interval leaves out 0, and of three methods that is not enough"
+    assert (found["e"].ttest, found["e"].ttest_holm) == (None, None), "one seed is no test, and no part of the family"
+
+
+def test_the_same_difference_on_every_seed_is_certain() -> None:
+    rows = rows_of({"a": by_seed([0.75] * 3), "b": by_seed([0.5] * 3), "c": by_seed([0.75] * 3)})
+    assert [(r.ttest, r.ttest_holm) for r in statistics.compare(rows, "a", METRIC)] == [(0.0, 0.0), (1.0, 1.0)]
 
 
 def test_equal_methods_have_no_difference() -> None:

@@ -1,5 +1,6 @@
 """A federation of several tasks on the simulated atlas: who holds what, what is averaged, and that each task stays itself."""
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from omnifm import build, run
+from omnifm import build, run, seeds
 from omnifm.config import parse
 from omnifm.errors import ConfigError
 from omnifm.federation.messages import Request
 from omnifm.federation.store import ClientStore
+from omnifm.metrics.fusion import FusionMetric
 from omnifm.tasks.base import Task
 from omnifm.tasks.mixed import Mixed, MixedHead, MixedMetric
 from tests.tasks.atlas import COHORTS, make_cohorts
@@ -55,7 +57,10 @@ def test_every_client_gets_the_scores_of_its_task(strategy: str, atlas: Path, tm
         assert scores["score"] == scores[f"{task}/{main}"] is not None
     personal = metrics["test"]["personal"]
     assert {"score", "classification/accuracy", "fusion/vif"} <= set(personal)
-    assert set(metrics["references"]) >= {"mean", "maximum"}
+    references = metrics["references"]
+    assert set(references) >= {"mean", "maximum"}
+    # One client of two can be scored with it: no mean over the clients, so none to set beside a strategy's.
+    assert all("score" not in scores and scores["fusion/vif"] > 0 for scores in references["mean"].values())
 
 
 def test_a_client_trains_and_sends_its_own_networks_and_the_path(atlas: Path, tmp_path: Path) -> None:
@@ -125,6 +130,15 @@ def test_states_of_several_tasks_merge_each_with_its_own(atlas: Path, tmp_path: 
     found = union.compute()
     assert {n: v for n, v in found.items() if n != "score"} == pytest.approx({n: v for n, v in expected.items() if n != "score"})
     assert found["score"] == pytest.approx((found["classification/accuracy"] + found["fusion/vif"]) / 2)  # type: ignore[operator]
+    assert union.counts == {"classification/auc_classes_skipped", "fusion/undefined"} <= found.keys()
+
+
+def test_shares_carry_the_tasks_name() -> None:
+    picture = torch.rand(1, 2, 48, 48, generator=seeds.generator(0, "pictures"))
+    metric = MixedMetric({"fusion": FusionMetric()}, {"fusion": ("vif", 1.0)})
+    for fused in (picture[:, :1], picture.mean(1, keepdim=True)):
+        metric.update(fused, picture, torch.zeros(1, dtype=torch.int64))
+    assert metric.shares() == {"fusion/scd": Fraction(1, 2)}, "a copy of a source has no SCD"
 
 
 def test_a_full_score_scales_what_counts(atlas: Path, tmp_path: Path) -> None:
@@ -132,6 +146,7 @@ def test_a_full_score_scales_what_counts(atlas: Path, tmp_path: Path) -> None:
     metrics = run.execute(parse(changed), tmp_path / "out")
     personal = metrics["test"]["personal"]
     assert personal["score"] == pytest.approx(2 * personal["fusion/vif"])
+    assert metrics["references"]["mean"]["personal"]["score"] > 0, "all clients fuse"
 
 
 @pytest.mark.parametrize(

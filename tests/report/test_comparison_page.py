@@ -1,0 +1,53 @@
+"""What the page of a comparison says of differences, on rows written by hand."""
+
+from pathlib import Path
+
+from omnifm.report.comparison_page import comparison_page
+from omnifm.report.load import Comparison, Row
+from omnifm.report.page import Note, Table
+
+
+def comparison(scores: dict[str, list[float]], **changes: dict[str, str]) -> Comparison:
+    """One cell per method and seed; `changes`: further fields of a method's rows."""
+    rows: list[Row] = [
+        {
+            "strategy": name,
+            "variant": "",
+            "participation": "1.0",
+            "seed": str(seed),
+            "status": "ok",
+            "personal_accuracy": str(score),
+            **changes.get(name, {}),
+        }
+        for name, values in scores.items()
+        for seed, score in enumerate(values)
+    ]
+    return Comparison(Path("nowhere"), tuple(rows), (None,) * len(rows), {})
+
+
+def tones(found: Comparison) -> dict[str, str]:
+    """The colour of each method's difference."""
+    (section,) = [s for s in comparison_page(found).sections if s.id == "differences"]
+    (table,) = [block for block in section.blocks if isinstance(block, Table)]
+    return {row[0].text: row[2].tone for row in table.rows}  # type: ignore[union-attr]
+
+
+def test_a_difference_is_coloured_by_the_test_that_knows_how_many_there_are() -> None:
+    """The interval of c alone leaves out 0 (p = .043), of three methods it is not enough; b and d are far enough away."""
+    found = {"a": [0.9, 0.82, 0.87], "c": [0.8, 0.77, 0.76]}
+    assert tones(comparison(found)) == {"c": "good"}
+    found |= {"b": [0.7, 0.65, 0.66], "d": [0.89, 0.84, 0.85], "e": [0.92, 0.8, 0.88]}
+    assert tones(comparison(found)) == {"c": "", "b": "good", "d": "", "e": ""}
+    assert tones(comparison({"a": [0.1, 0.11], "b": [0.9, 0.92]})) == {"b": "bad"}
+
+
+def test_pairs_of_different_commits_are_named() -> None:
+    def notes(found: Comparison) -> list[str]:
+        (section,) = [s for s in comparison_page(found).sections if s.id == "differences"]
+        return [block.text for block in section.blocks if isinstance(block, Note)]
+
+    scores = {"omnifm": [0.9, 0.82], "local": [0.8, 0.77], "fedavg": [0.8, 0.7], "majority": [0.1, 0.1]}
+    same, other = {"commit": "aaa"}, {"commit": "bbb"}
+    assert notes(comparison(scores, omnifm=same, local=same, fedavg=same)) == [], "a reference has no commit"
+    (said,) = notes(comparison(scores, omnifm=same, local=other, fedavg=same))
+    assert said.startswith("Not run at the commit of omnifm's cells: local.")
