@@ -20,6 +20,7 @@ from omnifm.errors import FederationError, OmnifmError
 from omnifm.federation.client import Site
 from omnifm.federation.introduction import read_introduction
 from omnifm.federation.messages import Request, decode, encode
+from omnifm.federation.release import Passed
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +91,9 @@ class Hospital:
         self._policy.check_request(request)
         started = time.perf_counter()
         opened = self._opened(call.header)
+        passed = opened.site.release.watch() if opened.site.release else Passed()
         reply = opened.site.handle(request)
-        self._note(Answer.to(request, opened.config, opened.examples, reply), opened.config)
+        self._note(Answer.to(request, opened.config, opened.examples, reply, passed), opened.config)
         log.info("%s, round %d: answered in %.1f s", request.kind, request.round, time.perf_counter() - started)
         return Call("reply", {}, encode(reply))
 
@@ -135,6 +137,8 @@ class Hospital:
             data = data_apart(config, _introductions(header), own)
             self._policy.check(config, len(data.plans))
             site = build.make_site(config, self._store, data)
+            # What the server checks before a run: one that leaves it out gets nothing all the same.
+            build.make_schedule(config, site, [plan.id for plan in data.plans])
             self._open = _Open(header, site, config, build.num_train(data, site.task)[self._client])
             asked = {name: value for name, value in dump(config)["privacy"].items() if value}
             if not config.privacy.prototype_clip:
