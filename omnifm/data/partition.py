@@ -20,7 +20,8 @@ from omnifm.seeds import numpy_generator
 
 Kind = Literal["natural", "by_modality", "dirichlet", "iid", "by_column"]
 MAX_DRAWS = 2000
-_BOUNDARY = {"natural": "site", "by_modality": "modality"}
+BOUNDARY = {"natural": "site", "by_modality": "modality"}
+"""The column by whose values a kind of partition cuts; `by_column` names its own."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def partition(
     if kind in ("dirichlet", "iid"):
         groups, parts_per_group = {"": list(range(len(cohort.rows)))}, clients
     else:
-        groups = _by_value(cohort, _BOUNDARY.get(kind, column))
+        groups = _by_value(cohort, BOUNDARY.get(kind, column))
         parts_per_group = clients if kind == "by_modality" else 1
     drawn_gamma = 0.0 if kind == "iid" else gamma
     plans = []
