@@ -220,7 +220,7 @@ def split_record(config: Config, data: build.Data, task: Task) -> dict[str, Any]
         "sha256": plans_digest(data.plans),
         "seed": config.seed,
         "heterogeneity": _measured(data, task),
-        "clients": [asdict(plan) for plan in data.plans],
+        "clients": [plan.record() for plan in data.plans],
         "simulated": _simulated(data),
     }
 

@@ -6,8 +6,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,15 +28,20 @@ BOUNDARY = {"natural": "site", "by_modality": "modality"}
 class ClientPlan:
     """Which rows of which cohort one client holds. `train`, `val` and `test` index `Cohort.rows`, ascending.
 
-    `modality` joins all modalities of the client's rows with `+`.
+    `modality` joins all modalities of the client's rows with `+`. Of a client elsewhere the numbers of rows are known
+    alone, for which ranges stand.
     """
 
     id: str
     cohort: str
     modality: str
-    train: tuple[int, ...]
-    val: tuple[int, ...]
-    test: tuple[int, ...]
+    train: Sequence[int]
+    val: Sequence[int]
+    test: Sequence[int]
+
+    def record(self) -> dict[str, Any]:
+        """Return the plan as JSON has it, its rows as lists."""
+        return {f.name: value if isinstance(value := getattr(self, f.name), str) else list(value) for f in fields(self)}
 
 
 def partition(
@@ -179,7 +184,7 @@ def _owners(units: _Units, clients: int, gamma: float, rng: np.random.Generator)
 
 def plans_to_json(plans: Iterable[ClientPlan]) -> str:
     """Return plans as JSON text, the same text for the same plans."""
-    return json.dumps([asdict(plan) for plan in plans], separators=(",", ":"), sort_keys=True)
+    return json.dumps([plan.record() for plan in plans], separators=(",", ":"), sort_keys=True)
 
 
 def plans_from_json(text: str) -> list[ClientPlan]:
