@@ -185,13 +185,18 @@ def serve_job(job: Job, carrier: Carrier) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process, however that ends. Raises CheckpointError if another one holds it."""
+def locked(path: Path, who: str = "server") -> Iterator[None]:
+    """Hold a lock that ends with this process, however that ends. Raises CheckpointError if another one holds it.
+
+    Args:
+        path: the file.
+        who: may hold it, in words.
+    """
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise CheckpointError(f"{path}: another server works in this folder") from None
+            raise CheckpointError(f"{path}: another {who} works in this folder") from None
         yield
 
 

@@ -245,6 +245,43 @@ def test_the_doctor_finds_what_is_wrong_and_says_the_mend(data: Path, tmp_path: 
     assert all("\n" not in finding.what for finding in [*findings, *broken])
 
 
+class Untouched:
+    """Stands for what `join` starts."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def stop(self) -> None: ...
+
+    close = stop
+
+
+@pytest.mark.usefixtures("_flower")
+def test_one_join_works_in_a_state_folder_and_nobody_else_reads_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two would each write the ledger over what the other has counted."""
+    monkeypatch.setattr("omnifm.deploy.join.Listener", Untouched)
+    monkeypatch.setattr("omnifm.deploy.join.Child", Untouched)
+    (tmp_path / "state").mkdir(mode=0o755)
+    first, second = (make_member("localhost:1", data / "scan", "a", None, tmp_path / "state") for _ in range(2))
+    for member in (first, second):
+        member.cache = str(tmp_path / "cache")
+    refused: list[str] = []
+
+    def meanwhile() -> bool:
+        with pytest.raises(CheckpointError) as caught:
+            second.run(lambda: True)
+        refused.append(str(caught.value))
+        return True
+
+    monkeypatch.setattr(first, "_refusal", lambda: "")
+    monkeypatch.setattr(second, "_refusal", lambda: "")
+    first.run(meanwhile)
+    assert refused == [f"{tmp_path / 'state' / 'join.lock'}: another omnifm join works in this folder"]
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("state", "cache")] == [0o700, 0o700]
+    second.run(lambda: True)
+
+
 class ToldError(Exception):
     """Carries what a hospital was opened with."""
 
@@ -258,9 +295,13 @@ def test_what_a_hospital_tells_of_answers_is_what_its_command_says(
 
     monkeypatch.setattr("omnifm.deploy.join.Hospital", opened)
     monkeypatch.setattr("omnifm.cli.deploy._end_well", lambda: None)
+    monkeypatch.setattr("omnifm.deploy.join.default_cache_dir", lambda: tmp_path / "cache")
+    masks: list[int] = []
+    monkeypatch.setattr("os.umask", masks.append)
     (tmp_path / "answers.txt").write_text("yes\n no \n", encoding="utf-8")
     own = {"answers_least": 2, "answers": tmp_path / "answers.txt"}
     for given, told in (({}, Discretion(5)), (own, Discretion(2, ("yes", "no")))):
         with pytest.raises(ToldError) as caught:
             join("localhost:1", data / "scan", "a", state=tmp_path / "state", **given)  # type: ignore[arg-type]
         assert caught.value.args == (told,)
+    assert masks == [0o077, 0o077], "files are for this user alone"
