@@ -36,7 +36,11 @@ FALSE_PROMISES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"privacy": BUDGET, "strategies": {"omnifm": {"dim": 8, "band": 8, "neighbourhood_band": 8, "variance_floor": 0.1}}},
         "strategies.omnifm: variance_floor",
     ),
-    "control variates in the open": ("scaffold", {"privacy": SECURE}, "privacy.secure_aggregation: the server of strategy scaffold"),
+    "control variates in the open": (
+        "scaffold",
+        {"privacy": SECURE},
+        "privacy.secure_aggregation: the server of strategy scaffold",
+    ),
     "gradients in the open": ("fediir", {"privacy": SECURE}, "privacy.secure_aggregation: the server of strategy fediir"),
     "rounded updates": ("fedavg", {"privacy": SECURE, "compression": {"upload": "int8"}}, "compression.upload: "),
 }
@@ -93,5 +97,7 @@ def test_what_went_past_the_noise_is_worth_everything_whatever_the_config_says(
 
 def test_what_a_run_can_keep_is_answered(data: Path, tmp_path: Path) -> None:
     strategies = {"omnifm": {"dim": 8, "band": 8, "neighbourhood_band": 8, "bank": {"prototypes": 1, "capacity": 12}}}
-    honest = Attacked(data, tmp_path, jobs.config(data, "omnifm", privacy=BUDGET, strategies=strategies), Policy(max_epsilon=50.0))
+    honest = Attacked(
+        data, tmp_path, jobs.config(data, "omnifm", privacy=BUDGET, strategies=strategies), Policy(max_epsilon=50.0)
+    )
     assert honest.ask("train", tensors=True)[0] == "reply" and 0 < Ledger(honest.ledger).epsilon(DELTA) < 50
