@@ -131,7 +131,7 @@ class Member:
 
 
 def _make_own(folder: Path) -> None:
-    """Make a folder this user's alone: patients' data, or what was learnt from them, are in it. Raises CheckpointError if it fails."""
+    """Make a folder this user's alone: patients' data, or what was learnt from them, are in it. Raises CheckpointError if not."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)

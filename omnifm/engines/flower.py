@@ -164,8 +164,8 @@ def server_program(place: str) -> None:
         "get_project_config": {"tool": {"flwr": {"app": {"components": {"serverapp": ""}}}}},
         "get_fused_config_from_dir": {},
     }
-    for name, value in said.items():
-        _replace(runtime, name, partial(_always, value))
+    for name, fact in said.items():
+        _replace(runtime, name, partial(_always, fact))
     _replace(runtime, "run_", partial(_run_ours, place))
     sys.argv = sys.argv[1:]
     flwr_serverapp()
@@ -177,7 +177,7 @@ def _always(value: object, *_: object, **__: object) -> object:
 
 def _run_ours(place: str, grid: Grid, context: Context, **_: object) -> Context:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # every poll of the grid is a line otherwise
-    module, _, name = place.partition(":")
+    module, name = place.split(":")
     getattr(import_module(module), name)(GridCarrier(grid), context.run_id)
     return context
 
