@@ -176,7 +176,8 @@ def _assemble(config: Config, out: Path, elsewhere: Elsewhere | None, watch: Wat
     recorder = RunRecorder(out, checkpoint, task.primary, watch)
     engine = elsewhere.engine if elsewhere else build.make_engine(config, site, checkpoint.clients)
     sizes = {p.id: {"train": len(p.train), "val": len(p.val), "test": len(p.test)} for p in data.plans}
-    evaluator = Evaluator(task, strategy, engine, sizes, config.federation, config.optimiser, site.has_global(), site.holds)
+    facts = (sizes, config.federation, config.optimiser, site.has_global(), site.holds)
+    evaluator = Evaluator(task, strategy, engine, *facts, skips=config.security.refused == "skip")
     return _Parts(config, out, data, task, strategy, site, engine, evaluator, schedule, checkpoint, recorder)
 
 
@@ -219,7 +220,7 @@ def split_record(config: Config, data: build.Data, task: Task) -> dict[str, Any]
         "sha256": plans_digest(data.plans),
         "seed": config.seed,
         "heterogeneity": _measured(data, task),
-        "clients": [asdict(plan) for plan in data.plans],
+        "clients": [plan.record() for plan in data.plans],
         "simulated": _simulated(data),
     }
 

@@ -261,10 +261,8 @@ class Lab:
 
     def evaluate(self, server: ServerState, split: str = "test", *, finetune: bool = False) -> Evaluation:
         sizes = {h.id: {s: len(self.task.client_data(h.id).split(s)) for s in ("train", "val", "test")} for h in self.hospitals}
-        has_global = self.site.has_global()
-        evaluator = Evaluator(
-            self.task, self.strategy, self.engine, sizes, self.config.federation, self.config.optimiser, has_global
-        )
+        facts = (sizes, self.config.federation, self.config.optimiser, self.site.has_global())
+        evaluator = Evaluator(self.task, self.strategy, self.engine, *facts, skips=self.config.security.refused == "skip")
         return evaluator.evaluate(server, len(self.schedule), split, finetune=finetune)
 
     def private(self, client: str, completed: int = 10**6) -> dict[str, Tensor]:

@@ -76,11 +76,13 @@ def join(
 ) -> None:
     """Join a federation with a cohort; runs until interrupted. The config comes from the server, paths never do."""
     import logging
+    import os
 
     from omnifm.data.words import read_discretion
     from omnifm.deploy.join import make_member
 
     _end_well()
+    os.umask(0o077)  # whatever is written here, and by the programs it starts, is this user's alone
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     member = make_member(server, cohort, client, certs, state or Path(f"hospital-{client}"), policy)
     member.discretion = read_discretion(answers_least, answers)

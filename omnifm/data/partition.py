@@ -6,8 +6,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,22 +20,28 @@ from omnifm.seeds import numpy_generator
 
 Kind = Literal["natural", "by_modality", "dirichlet", "iid", "by_column"]
 MAX_DRAWS = 2000
-_BOUNDARY = {"natural": "site", "by_modality": "modality"}
+BOUNDARY = {"natural": "site", "by_modality": "modality"}
+"""The column by whose values a kind of partition cuts; `by_column` names its own."""
 
 
 @dataclass(frozen=True)
 class ClientPlan:
     """Which rows of which cohort one client holds. `train`, `val` and `test` index `Cohort.rows`, ascending.
 
-    `modality` joins all modalities of the client's rows with `+`.
+    `modality` joins all modalities of the client's rows with `+`. Of a client elsewhere the numbers of rows are known
+    alone, for which ranges stand.
     """
 
     id: str
     cohort: str
     modality: str
-    train: tuple[int, ...]
-    val: tuple[int, ...]
-    test: tuple[int, ...]
+    train: Sequence[int]
+    val: Sequence[int]
+    test: Sequence[int]
+
+    def record(self) -> dict[str, Any]:
+        """Return the plan as JSON has it, its rows as lists."""
+        return {f.name: value if isinstance(value := getattr(self, f.name), str) else list(value) for f in fields(self)}
 
 
 def partition(
@@ -66,7 +72,7 @@ def partition(
     if kind in ("dirichlet", "iid"):
         groups, parts_per_group = {"": list(range(len(cohort.rows)))}, clients
     else:
-        groups = _by_value(cohort, _BOUNDARY.get(kind, column))
+        groups = _by_value(cohort, BOUNDARY.get(kind, column))
         parts_per_group = clients if kind == "by_modality" else 1
     drawn_gamma = 0.0 if kind == "iid" else gamma
     plans = []
@@ -176,7 +182,7 @@ def _owners(units: _Units, clients: int, gamma: float, rng: np.random.Generator)
 
 def plans_to_json(plans: Iterable[ClientPlan]) -> str:
     """Return plans as JSON text, the same text for the same plans."""
-    return json.dumps([asdict(plan) for plan in plans], separators=(",", ":"), sort_keys=True)
+    return json.dumps([plan.record() for plan in plans], separators=(",", ":"), sort_keys=True)
 
 
 def plans_from_json(text: str) -> list[ClientPlan]:

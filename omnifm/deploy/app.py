@@ -1,25 +1,26 @@
-"""What Flower is given: at the server an app that names our programs, at a hospital programs in place of its own."""
+"""What Flower is given: an app, since a run has to have one, and programs in place of its own, which load no app."""
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import tomli_w
 
 from omnifm import __version__
+from omnifm.deploy.processes import program
 from omnifm.track.folder import write_text
 
 _PACKAGE = "omnifm_app"
-_SERVER = """from omnifm.deploy.server import main
-from omnifm.engines.flower import server_app
+_SERVER = """from flwr.serverapp import ServerApp
 
-app = server_app(main)
+app = ServerApp()  # never loaded: the server runs its own program
 """
 _CLIENT = """from omnifm.engines.flower import client_app
 
 app = client_app()
 """
-_REFUSED = ("agentapp", "clientapp", "connector", "model", "serverapp", "simulation")
+_PROGRAMS = ("agentapp", "clientapp", "connector", "model", "serverapp", "simulation")
 CONNECTION = "omnifm"
 """Name of the connection in Flower's config."""
 
@@ -48,18 +49,43 @@ def write_programs(folder: Path) -> Path:
     Raises:
         CheckpointError: the disk refuses.
     """
+    ours = shlex.join(_python("from omnifm.engines.flower import node_executor_program as run; run()"))
+    return _write_programs(folder, "a hospital", {"flower-superexec": f'exec {ours} "$@"'})
+
+
+def write_server_programs(folder: Path) -> Path:
+    """Write what a SuperLink finds in place of Flower's programs; return the folder. Whatever app a run came with, ours runs.
+
+    Flower's own `flower-superexec`, which fetches the runs, stays: it installs nothing where the SuperLink is told so.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
+    ours = shlex.join(_python("from omnifm.engines.flower import server_program as run; run('omnifm.deploy.server:main_of_run')"))
+    return _write_programs(folder, "a server", {"flwr-serverapp": f'exec {ours} "$0" "$@"'})
+
+
+def _write_programs(folder: Path, who: str, own: Mapping[str, str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    ours = shlex.join([sys.executable, "-c", "from omnifm.engines.flower import node_executor_program as run; run()"])
-    programs = {f"flwr-{kind}": f"echo 'omnifm: a hospital runs no flwr-{kind}; refused' >&2\nexit 1" for kind in _REFUSED}
-    for name, script in {**programs, "flower-superexec": f'exec {ours} "$@"'}.items():
+    refused = {f"flwr-{kind}": f"echo 'omnifm: {who} runs no flwr-{kind}; refused' >&2\nexit 1" for kind in _PROGRAMS}
+    for name, script in {**refused, **own}.items():
         write_text(folder / name, f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o700)
     return folder
 
 
+def _python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
 def node_command() -> list[str]:
     """Return the command that runs a SuperNode."""
-    return [sys.executable, "-c", "from omnifm.engines.flower import node_program as run; run()"]
+    return _python("from omnifm.engines.flower import node_program as run; run()")
+
+
+def superlink_command() -> list[str]:
+    """Return the command that runs a SuperLink; its last word is the name by which people know it."""
+    return [*_python("from omnifm.engines.flower import superlink_program as run; run()"), program("flower-superlink")]
 
 
 def write_home(home: Path, address: str, authority: Path | None) -> Path:

@@ -1,19 +1,21 @@
 """Which data whom: a hospital's own cohort and what it knows of the others; the server's none."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from omnifm import build
 from omnifm.config import CohortConfig, Config
 from omnifm.data.cohort import Cohort
-from omnifm.data.partition import ClientPlan
+from omnifm.data.partition import BOUNDARY, ClientPlan
 from omnifm.data.vetted import require_vetted
 from omnifm.data.words import Discretion
 from omnifm.errors import ConfigError, DataError, FederationError
 from omnifm.federation.introduction import Introduction, in_order, introduce
 from omnifm.tasks.base import Task
 
+COLUMNS = ("site", "modality")
+"""What a config may part a hospital's cohort by, unless the hospital names other columns."""
 _RESERVED = Discretion()
 
 
@@ -54,7 +56,9 @@ def _name(entry: CohortConfig) -> str:
     return Path(entry.path).name
 
 
-def own_client(config: Config, folder: Path, client: str, discretion: Discretion = _RESERVED) -> Own:
+def own_client(
+    config: Config, folder: Path, client: str, discretion: Discretion = _RESERVED, columns: Collection[str] = COLUMNS
+) -> Own:
     """Read a hospital's cohort, cut it as the config says, and return the part that is this client's.
 
     Args:
@@ -62,15 +66,23 @@ def own_client(config: Config, folder: Path, client: str, discretion: Discretion
         folder: of the cohort, on this machine.
         client: id of the client; where the cohort is one client's, NAME-0 by the cohort's name.
         discretion: what may be told of answers, where the task has to know some.
+        columns: of the manifest, those by whose values the cohort may be parted; a value is in a client's id.
 
     Raises:
-        DataError: the cohort has a problem, is not in the config, or has no such client.
+        DataError: the cohort has a problem, is not in the config, or has no such client. Its text may name rows: it stays here.
+        FederationError: the config parts the cohort by another column.
     """
     cohort = build.read_cohort(config, folder)
     entry = next((e for e in config.federation.cohorts if _name(e) == cohort.name), None)
     if entry is None:
         known = ", ".join(_name(e) for e in config.federation.cohorts)
         raise DataError(f"cohort {cohort.name}: not in the server's config, whose cohorts are {known}")
+    for column in filter(None, (BOUNDARY.get(entry.partition or config.federation.partition), entry.column)):
+        if column not in columns:
+            raise FederationError(
+                f"cohort {cohort.name}: refused by this hospital's policy: to be parted by column {column!r}, "
+                f"allowed: {', '.join(columns) or 'none'}"
+            )
     plans = build.cut(config, entry, cohort)
     place = next((k for k, plan in enumerate(plans) if plan.id == client), None)
     if place is None:
@@ -93,7 +105,7 @@ def data_apart(config: Config, introductions: Sequence[Introduction], own: Own |
     The clients are in the order of a run in one process, so the context, the label space and the initial weights are its too.
 
     Raises:
-        FederationError: the introductions contradict each other or the config.
+        FederationError: the introductions contradict each other, the config, or what this client is.
         DataError: a cohort is for another task.
     """
     ordered = in_order(introductions, [_name(entry) for entry in config.federation.cohorts])
@@ -107,7 +119,7 @@ def data_apart(config: Config, introductions: Sequence[Introduction], own: Own |
     plans = [one.plan for one in ordered]
     if own is not None:
         if own.introduction not in ordered:
-            raise DataError(f"client {own.plan.id}: the server's list of clients does not have it as it is")
+            raise FederationError(f"client {own.plan.id}: the server's list of clients does not have it as it is")
         cohorts[own.cohort.name] = own.cohort
         plans = [own.plan if plan.id == own.plan.id else plan for plan in plans]
     words = tuple(one.words for one in ordered if one.words is not None)

@@ -16,12 +16,15 @@ from omnifm.deploy.data import Own, data_apart, own_client, public
 from omnifm.deploy.ledger import Answer, Ledger
 from omnifm.deploy.policy import Policy
 from omnifm.engines.calls import Call, pack, unpack
-from omnifm.errors import FederationError, OmnifmError
+from omnifm.errors import DataError, FederationError, OmnifmError
 from omnifm.federation.client import Site
 from omnifm.federation.introduction import read_introduction
 from omnifm.federation.messages import Request, decode, encode
+from omnifm.federation.release import Passed
 
 log = logging.getLogger(__name__)
+
+_OWN_LOG = "the hospital's own log says why"
 
 
 @dataclass
@@ -63,19 +66,27 @@ class Hospital:
         self._open: _Open | None = None
 
     def answer(self, blob: bytes) -> bytes:
-        """Answer one packed call with another; whatever goes wrong is an answer too."""
+        """Answer one packed call with another; whatever goes wrong is an answer too.
+
+        What is wrong with data may name a row, a patient or a file, and so may any crash: the server hears that, no more.
+        """
         try:
             call = unpack(blob)
             answers = {"introduce": self._introduce, "answer": self._reply}
             if call.kind not in answers:
                 raise FederationError(f"the server asks for {call.kind!r}, which this version does not know")
             return pack(answers[call.kind](call))
+        except DataError as error:
+            log.warning("%s", error)
+            return pack(
+                Call("mistake", {"message": f"client {self._client}: its data cannot be used as the config asks; {_OWN_LOG}"})
+            )
         except OmnifmError as error:
             log.warning("%s", error)
             return pack(Call("mistake", {"message": str(error)}))
-        except Exception as error:  # the server is told in one line; the traceback stays here
+        except Exception:
             log.exception("client %s: failed", self._client)
-            return pack(Call("crash", {"message": f"{type(error).__name__}: {error}"}))
+            return pack(Call("crash", {"message": _OWN_LOG}))
 
     def _introduce(self, call: Call) -> Call:
         own = self._own(self._config(call.header))
@@ -90,8 +101,9 @@ class Hospital:
         self._policy.check_request(request)
         started = time.perf_counter()
         opened = self._opened(call.header)
+        passed = opened.site.release.watch() if opened.site.release else Passed()
         reply = opened.site.handle(request)
-        self._note(Answer.to(request, opened.config, opened.examples, reply), opened.config)
+        self._note(Answer.to(request, opened.config, opened.examples, reply, passed), opened.config)
         log.info("%s, round %d: answered in %.1f s", request.kind, request.round, time.perf_counter() - started)
         return Call("reply", {}, encode(reply))
 
@@ -124,7 +136,7 @@ class Hospital:
         return config.model_copy(update={"data": config.data.model_copy(update={"cache": self._cache})})
 
     def _own(self, config: Config) -> Own:
-        return own_client(config, self._cohort, self._client, self._discretion)
+        return own_client(config, self._cohort, self._client, self._discretion, self._policy.columns)
 
     def _opened(self, header: Mapping[str, Any]) -> _Open:
         """Return what answers for this federation; what is in use, unless the federation is another one."""
@@ -135,6 +147,8 @@ class Hospital:
             data = data_apart(config, _introductions(header), own)
             self._policy.check(config, len(data.plans))
             site = build.make_site(config, self._store, data)
+            # What the server checks before a run: one that leaves it out gets nothing all the same.
+            build.make_schedule(config, site, [plan.id for plan in data.plans])
             self._open = _Open(header, site, config, build.num_train(data, site.task)[self._client])
             asked = {name: value for name, value in dump(config)["privacy"].items() if value}
             if not config.privacy.prototype_clip:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omnifm.data.cache import default_cache_dir
 from omnifm.data.words import Discretion
 from omnifm.deploy.app import node_command, write_programs
 from omnifm.deploy.certs import Folder, require_cryptography
 from omnifm.deploy.hospital import Hospital
 from omnifm.deploy.policy import Policy, read_policy
 from omnifm.deploy.processes import Child, complaint, environment, free_port, require_flower, require_loopback
+from omnifm.deploy.server import locked
 from omnifm.deploy.tls import refusal
 from omnifm.engines.loopback import PLACE, Listener
 from omnifm.errors import CheckpointError, ConfigError
@@ -66,11 +68,16 @@ class Member:
 
         Raises:
             ConfigError: the server is not whom the certificates say.
-            CheckpointError: the disk refuses.
+            CheckpointError: the disk refuses, or another one works in the state folder.
         """
         if said := self._refusal():
             raise ConfigError(said)
-        self.state.mkdir(parents=True, exist_ok=True)
+        for folder in (self.state, Path(self.cache) if self.cache else default_cache_dir()):
+            _make_own(folder)
+        with locked(self.state / "join.lock", "omnifm join"):  # two would count what leaves in one ledger, each over the other
+            self._answer(stop)
+
+    def _answer(self, stop: Callable[[], bool]) -> None:
         private = self.state / "private"
         hospital = Hospital(self.cohort, self.client, private, self.cache, policy=self.policy, discretion=self.discretion)
         listener = Listener(hospital.answer, self.state / "worker.json")
@@ -121,6 +128,15 @@ class Member:
         while time.monotonic() < end and not stop():
             time.sleep(_LOOK_SECONDS)
         self._start()
+
+
+def _make_own(folder: Path) -> None:
+    """Make a folder this user's alone: patients' data, or what was learnt from them, are in it. Raises CheckpointError if not."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be made this user's alone ({error.strerror})") from None
 
 
 def make_member(server: str, cohort: Path, client: str, certs: Path | None, state: Path, policy: Path | None = None) -> Member:

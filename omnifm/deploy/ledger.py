@@ -13,11 +13,12 @@ from typing import Any
 from omnifm.config import Config
 from omnifm.errors import CheckpointError
 from omnifm.federation.effort import Effort, steps_of
-from omnifm.federation.messages import Reply, Request, size_by_group
+from omnifm.federation.messages import Reply, Request
+from omnifm.federation.release import Passed
 from omnifm.privacy.accounting import NO_RELEASES, Releases, Steps, epsilon_of_all
 from omnifm.track.folder import read_json, write_json
 
-_MASKS = "secagg"
+_MASKS = "secagg/"
 _NOTHING = Steps(math.inf, 1.0, 0)
 
 
@@ -29,7 +30,7 @@ class Answer:
     releases: Releases = NO_RELEASES
 
     @classmethod
-    def to(cls, request: Request, config: Config, examples: int, reply: Reply) -> "Answer":
+    def to(cls, request: Request, config: Config, examples: int, reply: Reply, passed: Passed) -> "Answer":
         """Return what a reply gives away. Scores and masks give nothing that has an epsilon: docs/privacy.md, *not covered*.
 
         Args:
@@ -37,21 +38,22 @@ class Answer:
             config: that came with it.
             examples: the client's training examples.
             reply: what is about to leave.
+            passed: what of it went through a noisy release. What did not has no noise, whatever the config says of noise.
         """
-        privacy, steps, told = config.privacy, _NOTHING, NO_RELEASES
+        privacy, steps = config.privacy, _NOTHING
         if request.kind == "train":
             size = config.optimiser.batch_size
             noise = privacy.example_noise if privacy.example_clip else 0.0
             steps = Steps(noise, min(1.0, size / examples), steps_of(Effort.of(request.settings), examples, size))
-        if request.kind in ("train", "describe") and _tells(reply):
-            # With client-level privacy the noise is on the mean of the examples.
-            noise = privacy.prototype_noise * (examples if privacy.clip else 1) if privacy.prototype_clip else 0.0
-            told = Releases(noise, 1)
-        return cls(steps, told)
+        return cls(steps, _told(reply, passed) if request.kind in ("train", "describe") else NO_RELEASES)
 
 
-def _tells(reply: Reply) -> bool:
-    return bool(size_by_group({}, reply.extra).keys() - {_MASKS})
+def _told(reply: Reply, passed: Passed) -> Releases:
+    """Return what leaves besides the weights; one release without noise if any of it has none."""
+    told = {name for name in reply.extra if not name.startswith(_MASKS)}
+    if not told:
+        return NO_RELEASES
+    return Releases(min(passed.noises), len(passed.noises)) if passed.noises and told <= passed.names else Releases(0.0, 1)
 
 
 class Ledger:

@@ -7,9 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from omnifm import build
 from omnifm.config import Config, one_line, read_toml
+from omnifm.deploy.data import COLUMNS
 from omnifm.errors import ConfigError, FederationError
 from omnifm.federation.messages import Request
 from omnifm.federation.strategies.omnifm import OmniFMOptions
+
+_SCORED = ("val", "test")
 
 
 class Policy(BaseModel):
@@ -26,8 +29,16 @@ class Policy(BaseModel):
     strategies: list[str] = Field([], description="Allowed strategies; empty: all.")
     allow_bank: bool = Field(True, description="Whether prototypes of spectra may go to OmniFM's bank.")
     allow_extras: bool = Field(True, description="Whether anything may leave besides weights, losses and scores.")
+    allow_scores: bool = Field(
+        True, description="Whether an evaluation is answered: the state of a metric, a line for every image, case or question."
+    )
+    columns: list[str] = Field(
+        list(COLUMNS), description="Columns of the manifest by whose values a config may part the cohort; they get into ids."
+    )
     max_rounds: int = Field(0, ge=0, description="Most rounds; 0: any number.")
-    max_local_epochs: int = Field(0, ge=0, description="Most passes over the data in a round; 0: any number.")
+    max_local_epochs: int = Field(
+        0, ge=0, description="Most passes over the data in a round, or of fine-tuning before a test; 0: any number."
+    )
     max_local_steps: int = Field(0, ge=0, description="Most optimiser steps in a round, where steps are counted; 0: any number.")
     max_epsilon: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="Most epsilon of one training example, by the hospital's own count; 0: any."
@@ -48,11 +59,19 @@ class Policy(BaseModel):
             raise FederationError(f"refused by this hospital's policy: {'; '.join(short)}")
 
     def check_request(self, request: Request) -> None:
-        """Raise FederationError if a request asks for more than the config that came with it may."""
+        """Raise FederationError if a request asks for more than its config may, or for scores of what nobody tests on."""
         short = []
         if self.max_rounds and request.round >= self.max_rounds and request.kind == "train":
             short.append(f"round {request.round}, at most {self.max_rounds} rounds are allowed")
-        for key, most in (("epochs", self.max_local_epochs), ("steps", self.max_local_steps)):
+        if request.kind == "evaluate":
+            if not self.allow_scores:
+                short.append("an evaluation, whose scores are not told")
+            if request.settings.get("split") not in _SCORED:
+                short.append(
+                    f"an evaluation of split {request.settings.get('split')!r}, where {' and '.join(_SCORED)} are scored"
+                )
+        limits = (("epochs", self.max_local_epochs), ("steps", self.max_local_steps), ("finetune_epochs", self.max_local_epochs))
+        for key, most in limits:
             asked = request.settings.get(key, 0)
             if most and not (isinstance(asked, int) and asked <= most):
                 short.append(f"{key} = {asked!r} in a request, at most {most} are allowed")
@@ -95,8 +114,8 @@ class Policy(BaseModel):
 
     def _effort(self, config: Config) -> Iterator[str]:
         federation = config.federation
-        limits = (("rounds", self.max_rounds), ("local_epochs", self.max_local_epochs), ("local_steps", self.max_local_steps))
-        for key, most in limits:
+        epochs = (("local_epochs", self.max_local_epochs), ("finetune_epochs", self.max_local_epochs))
+        for key, most in (("rounds", self.max_rounds), *epochs, ("local_steps", self.max_local_steps)):
             found = getattr(federation, key)
             if most and found > most:
                 yield f"federation.{key} = {found}, at most {most} are allowed"

@@ -8,6 +8,7 @@ from typing import Any
 
 from omnifm.engines.calls import Call, pack, unpack
 from omnifm.engines.parcels import Arrival, Carrier, Node
+from omnifm.engines.remote import plain
 from omnifm.errors import FederationError
 from omnifm.federation.introduction import Introduction, read_introduction
 
@@ -98,10 +99,10 @@ class Roster:
 
     def _take(self, node: Node, arrival: Arrival) -> None:
         if arrival.error:
-            raise FederationError(arrival.error)
+            raise FederationError(plain(arrival.error))
         call = unpack(arrival.blob)
         if call.kind != "introduction":
-            raise FederationError(" ".join(str(call.header.get("message", "says nothing it should"))[:500].split()))
+            raise FederationError(plain(call.header.get("message", "says nothing it should")))
         found = read_introduction(json.dumps(call.header))
         expected = self._client_of_key.get(node.key, found.client)
         if found.client != expected:

@@ -1,6 +1,8 @@
 """`omnifm serve`: a SuperLink, the hospitals' keys, the server's program, and a look after all of them until the run is over."""
 
 import logging
+import os
+import re
 import shutil
 import subprocess
 import time
@@ -9,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from omnifm.config import Config, dump
-from omnifm.deploy.app import CONNECTION, write_app, write_home
+from omnifm.deploy.app import CONNECTION, superlink_command, write_app, write_home, write_server_programs
 from omnifm.deploy.certs import Folder, require_cryptography
 from omnifm.deploy.data import public
 from omnifm.deploy.processes import Child, environment, is_open, last_words, program, require_flower, require_loopback
@@ -103,6 +105,7 @@ class Server:
         self.job.outcome.unlink(missing_ok=True)
         write_text(self.folder / "job.json", self.job.model_dump_json())
         write_app(self.folder / "app")
+        write_server_programs(self.folder / "programs")
         write_home(self.folder / "home", f"{self._here}:{self.port}", Folder(self.certs).authority if self.certs else None)
 
     @property
@@ -111,12 +114,13 @@ class Server:
 
     @property
     def _env(self) -> dict[str, str]:
-        return environment(self.folder / "home", **{JOB: str(self.folder / "job.json")})
+        env = environment(self.folder / "home", **{JOB: str(self.folder / "job.json")}, FORWARDED_ALLOW_IPS="127.0.0.1")
+        return env | {"PATH": f"{self.folder / 'programs'}{os.pathsep}{env['PATH']}"}
 
     def _start_superlink(self) -> None:
         write_text(self.job.ticket, f"{time.time_ns()}\n")
         _soon(lambda: not is_locked(self.job.lock))  # the program of a SuperLink before ends with its ticket
-        command = [program("flower-superlink"), "--host", self.host, "--port", str(self.port)]
+        command = [*superlink_command(), "--host", self.host, "--port", str(self.port)]
         command += ["--database", str(self.folder / "superlink.db"), "--disable-runtime-dependency-installation"]
         if self.certs:
             files = Folder(self.certs)
@@ -145,10 +149,13 @@ class Server:
                 raise FederationError(f"client {client}: the SuperLink does not take its key ({' '.join(said.split())[-300:]})")
 
     def _submit(self) -> None:
-        """Start the server's program."""
+        """Start the server's program, and say which run it is for; it serves no other."""
+        self.job.run.unlink(missing_ok=True)
         code, said = self._flwr([["run", str(self.folder / "app"), CONNECTION, "--format", "json"]])[0]
-        if code:
+        number = re.search(r'"run-id": "(\d+)"', said)
+        if code or number is None:
             raise FederationError(f"the SuperLink does not take the run ({' '.join(said.split())[-300:]})")
+        write_text(self.job.run, number[1])
         self._deadline = time.monotonic() + _PATIENCE_SECONDS
         self.say(f"serving on {self.host}:{self.port}, waiting for {', '.join(self.clients)}")
 

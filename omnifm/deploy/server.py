@@ -21,13 +21,15 @@ from omnifm.deploy.data import data_apart
 from omnifm.deploy.roster import Roster
 from omnifm.engines.parcels import Carrier
 from omnifm.engines.remote import Patience, RemoteEngine
-from omnifm.errors import CheckpointError, OmnifmError
+from omnifm.errors import CheckpointError, FederationError, OmnifmError
 from omnifm.federation.introduction import Introduction, read_introduction
 from omnifm.track.folder import read_json, write_json
 
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0
+_TURN_SECONDS = 30.0
+"""Time that `serve` may take to say which run it has started."""
 _FORMAT = "%(asctime)s %(name)s %(message)s"
 CONFIG = "config.toml"
 JOB = "OMNIFM_SERVER"
@@ -75,6 +77,11 @@ class Job(BaseModel):
         return self.out / "flower" / "serve.lock"
 
     @property
+    def run(self) -> Path:
+        """The file with the number of the run that `serve` has started."""
+        return self.out / "flower" / "run"
+
+    @property
     def ticket(self) -> Path:
         """The file that `serve` changes when it starts another SuperLink; programs of the one before are to end."""
         return self.out / "flower" / "ticket"
@@ -88,6 +95,24 @@ def read_job(path: Path) -> Job:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:
         raise CheckpointError(f"{path}: {one_line(error)}") from None
+
+
+def main_of_run(carrier: Carrier, number: int) -> None:
+    """Run in place of the app of whichever run Flower was told to start; serve the one that `serve` started.
+
+    Raises:
+        FederationError: it is another one.
+    """
+    job = read_job(Path(os.environ[JOB]))
+    end = time.monotonic() + _TURN_SECONDS
+    while _text(job.run) != str(number):  # it is written once Flower's command has said it
+        if time.monotonic() > end:
+            refusal = f"run {number} is not the one that omnifm serve has started; refused"
+            with _logged(job.log):
+                log.warning("%s", refusal)
+            raise FederationError(refusal)
+        time.sleep(_TURN_SECONDS / 100)
+    main(carrier)
 
 
 def main(carrier: Carrier) -> None:
@@ -160,13 +185,18 @@ def serve_job(job: Job, carrier: Carrier) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process, however that ends. Raises CheckpointError if another one holds it."""
+def locked(path: Path, who: str = "server") -> Iterator[None]:
+    """Hold a lock that ends with this process, however that ends. Raises CheckpointError if another one holds it.
+
+    Args:
+        path: the file.
+        who: may hold it, in words.
+    """
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise CheckpointError(f"{path}: another server works in this folder") from None
+            raise CheckpointError(f"{path}: another {who} works in this folder") from None
         yield
 
 

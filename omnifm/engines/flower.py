@@ -1,8 +1,8 @@
 """Flower (flwr 1.41 or 1.42), which carries the bytes between machines, and its simulation on Ray: the one file that imports it.
 
 At a node every message has a process of its own. What that process runs is `forward`, so this file, and all it imports,
-is free of torch and MONAI. No code that the server sends is ever loaded at a node. At the server, and in the simulation, the
-round loop runs inside a ServerApp of Flower's and sends through its grid.
+is free of torch and MONAI. No app that travels, to a node or to the SuperLink, is ever loaded. At the server, and in the
+simulation, the round loop runs inside a ServerApp of Flower's and sends through its grid.
 """
 
 import logging
@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -25,6 +27,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from omnifm.engines.calls import MOST_BYTES
+from omnifm.engines.gate import Gate
 from omnifm.engines.loopback import PLACE, ask
 from omnifm.engines.parcels import Arrival, Node
 from omnifm.engines.stage import Answer, Stage
@@ -124,6 +127,59 @@ def node_program() -> None:
 
     _replace(loop, "time", SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, _LOOK_SECONDS))))
     flower_supernode()
+
+
+def superlink_program() -> None:
+    """Run Flower's `flower-superlink`, open to other machines where nodes call, and nowhere else. Its first word is its name.
+
+    Raises:
+        FederationError: this Flower has not the part that is replaced.
+    """
+    import flwr.superlink.extensions as extensions
+    from flwr.superlink.cli import flower_superlink
+    from starlette.middleware import Middleware
+
+    _replace(extensions, "get_middleware", lambda: (Middleware(Gate),))
+    sys.argv = sys.argv[1:]
+    flower_superlink()
+
+
+def server_program(place: str) -> None:
+    """Run in place of Flower's `flwr-serverapp`, which would load the app that came with the run. Its first word is its name.
+
+    Args:
+        place: `module:function` of what runs in place of any app, with the grid and the number of the run. It is imported once
+            the run is taken: Flower gives up a program that imports torch and MONAI before it says a word.
+
+    Raises:
+        FederationError: this Flower has not the parts that are replaced.
+    """
+    from flwr.superlink.cli import flwr_serverapp
+
+    runtime = import_module("flwr.superlink.runtime.run_serverapp")
+    said: dict[str, object] = {  # of the app, which is not looked at
+        "install_from_fab": None,
+        "get_fab_metadata": ("omnifm", ""),
+        "get_project_dir": Path(),
+        "get_project_config": {"tool": {"flwr": {"app": {"components": {"serverapp": ""}}}}},
+        "get_fused_config_from_dir": {},
+    }
+    for name, fact in said.items():
+        _replace(runtime, name, partial(_always, fact))
+    _replace(runtime, "run_", partial(_run_ours, place))
+    sys.argv = sys.argv[1:]
+    flwr_serverapp()
+
+
+def _always(value: object, *_: object, **__: object) -> object:
+    return value
+
+
+def _run_ours(place: str, grid: Grid, context: Context, **_: object) -> Context:
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # every poll of the grid is a line otherwise
+    module, name = place.split(":")
+    getattr(import_module(module), name)(GridCarrier(grid), context.run_id)
+    return context
 
 
 def _replace(place: ModuleType | type, name: str, value: object) -> None:

@@ -200,7 +200,7 @@ class RemoteEngine:
         if not errand.open:
             account.repeated += not arrival.error
         elif arrival.error:
-            self._trouble(errand, arrival.error)
+            self._trouble(errand, plain(arrival.error))
         else:
             account.bytes_up += len(arrival.blob)
             try:

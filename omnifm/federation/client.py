@@ -104,7 +104,7 @@ class Site:
         example = ExampleLevel(self.model, privacy, config.seed, optimiser.batch_size) if privacy.example_clip else None
         self._example = example
         self._compression = Compression(config.compression, strategy.buffers)
-        self._release = Release(privacy, config.seed) if privacy.prototype_clip else None
+        self.release = Release(privacy, config.seed) if privacy.prototype_clip else None
         self.sharing = sharing.split_state(self.model, strategy.private(self.model), strategy.context.buffers)
         self.holds = {client: names for client in clients if (names := self._held(client)) is not None}
         strategy.holds = self.holds
@@ -257,7 +257,7 @@ class Site:
             labels=None if request.client == POOLED else self.task.labels(request.client),
             lr=lr,
             training=training,
-            release=self._release,
+            release=self.release,
         )
 
     @staticmethod

@@ -12,7 +12,7 @@ Scores that are undefined (no examples, a class that never occurs) are None and 
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from omnifm.config import FederationConfig, OptimiserConfig
 from omnifm.federation import guard
-from omnifm.federation.messages import Request
+from omnifm.federation.messages import Reply, Request
 from omnifm.federation.rounds import Engine, held
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy
@@ -73,11 +73,13 @@ class Evaluator:
         optimiser: OptimiserConfig,
         has_global: bool,
         holds: Mapping[str, frozenset[str]] | None = None,
+        *,
+        skips: bool = False,
     ) -> None:
         self._task, self._strategy, self._engine = task, strategy, engine
         self._sizes, self._config, self._has_global = sizes, config, has_global
         self._finetune_lr = optimiser.finetune_lr or optimiser.lr
-        self._holds = holds or {}
+        self._holds, self._skips = holds or {}, skips
 
     def evaluate(self, server: ServerState, completed: int, split: str, *, finetune: bool = False) -> Evaluation:
         """Score `split` with the state after `completed` rounds."""
@@ -117,7 +119,17 @@ class Evaluator:
             for client in clients
         )
         # A client whose fine-tuning failed, where the strategy tolerates that, answers without a state.
-        return {reply.client: reply.extra for reply in guard.ask(self._engine.exchange, requests) if reply.extra}
+        excused = view == "finetuned" and self._strategy.tolerates_nonfinite
+        return {reply.client: reply.extra for reply in self._vetted(requests, split, excused) if reply.extra}
+
+    def _vetted(self, requests: Iterable[Request], split: str, excused: bool = False) -> Iterator[Reply]:
+        """Yield replies whose states of the metric fit; `excused`: there may be none. Raises FederationError with the client."""
+
+        def judge(reply: Reply) -> None:
+            if reply.extra or not excused:
+                self._task.metric(reply.client).vet(reply.extra, self._sizes[reply.client][split])
+
+        yield from guard.ask(self._engine.exchange, requests, judge, skips=self._skips)
 
     def _tensors(self, server: ServerState, client: str, view: View) -> Mapping[str, Tensor]:
         return server.shared if view == "global" else self._strategy.shared_for(server, client)
@@ -134,7 +146,7 @@ class Evaluator:
             settings = {"split": split, "view": "reference", "reference": name}
             asked = [client for client in clients if name in known[client]]
             requests = (Request("evaluate", completed, client, settings=settings) for client in asked)
-            states = {r.client: r.extra for r in guard.ask(self._engine.exchange, requests)}
+            states = {r.client: r.extra for r in self._vetted(requests, split)}
             found[name] = self._over_clients(self._scored(states, split))
             if len(asked) < len(clients):
                 for scores in found[name].values():

@@ -3,9 +3,10 @@
     B ~ each example with probability q      g <- (sum_{x in B} g_x min(1, C / || g_x ||_2) + N(0, (z C)^2 I)) / (q n)
 
 Abadi et al., "Deep learning with differential privacy", CCS 2016, Algorithm 1; n: the client's training examples, q = min(1,
-batch size / n). Norms are over all weights that train, those that stay at the client too. A step may draw no example at all; it
-then is noise alone. Opacus keeps the gradient of every example of a batch: a batch costs as many models of memory as it has
-examples. Draws and noise are the system's (`privacy.noise`), not Opacus's, whose own are not meant to be secret.
+batch size / n). Norms are over all weights that train, those that stay at the client too; a gradient that is not finite counts
+as 0. A step may draw no example at all; it then is noise alone. Opacus keeps the gradient of every example of a batch: a batch
+costs as many models of memory as it has examples. Draws and noise are the system's (`privacy.noise`), not Opacus's, whose own
+are not meant to be secret.
 """
 
 import warnings
@@ -25,6 +26,8 @@ from omnifm.privacy import crypto
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardswish, nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 # What float64 norms of float32 gradients may be off by.
 _ROUNDING = 1e-6
+_LEAST = 1e-20
+"""Smallest clip: beyond it noise and gradients come near what float32 rounds to nothing."""
 
 
 class ExampleLevel:
@@ -37,10 +40,14 @@ class ExampleLevel:
         batch_size: expected size of a batch.
 
     Raises:
-        ConfigError: the extra is missing, or a layer has no gradient by example (BatchNorm mixes its batch).
+        ConfigError: the clip is too small, the extra is missing, or a layer has no gradient by example (BatchNorm mixes them).
     """
 
     def __init__(self, model: nn.Module, privacy: PrivacyConfig, seed: int, batch_size: int) -> None:
+        if privacy.example_clip < _LEAST:
+            raise ConfigError(
+                f"privacy.example_clip = {privacy.example_clip:g}: at least {_LEAST:g}, or float32 rounds the noise off"
+            )
         self._privacy, self._seed, self._batch_size = privacy, seed, batch_size
         self._model = model
         self._weights = [p for p in model.parameters() if p.requires_grad]
@@ -100,12 +107,12 @@ class ExampleLevel:
         if seen:
             norms = [torch.linalg.vector_norm(_of(p).flatten(1), dim=1, dtype=torch.float64) for p in seen]
             norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-            factor = (bound / (norm * (1 + _ROUNDING)).clamp_min(bound)).float()
+            factor = _kept(bound / (norm * (1 + _ROUNDING)).clamp_min(bound))
         noise = self._noise(job)
         for place, p in enumerate(self._weights):
             total = noise[place].to(p.device)
             if factor is not None and getattr(p, "grad_sample", None) is not None:
-                total = total + torch.einsum("b...,b->...", _of(p), factor)
+                total = total + torch.einsum("b...,b->...", _of(p, left_out=factor == 0), factor)
             p.grad = (total / expected).to(p.dtype)
         self._forget()
 
@@ -144,10 +151,22 @@ class _Copied(nn.Module):
         return copied
 
 
-def _of(p: nn.Parameter) -> Tensor:
-    """Return the gradients by example, (b, *shape); a layer used twice has two, which add up."""
-    found: Tensor | list[Tensor] = p.grad_sample  # type: ignore[attr-defined]
-    return torch.stack(found).sum(dim=0) if isinstance(found, list) else found
+def _kept(share: Tensor) -> Tensor:
+    """Return which share of each gradient is kept, float32; nothing of one that overflows, or that float32 cannot shorten so far.
+
+    Weights can be made so that one image's gradient alone overflows. 0 times infinity is no number, and would tell of that image.
+    """
+    small = share.new_tensor(torch.finfo(torch.float32).tiny)
+    return torch.where(share >= small, share, 0.0).float()  # C / inf is 0, and no comparison with NaN holds
+
+
+def _of(p: nn.Parameter, left_out: Tensor | None = None) -> Tensor:
+    """Return the gradients by example, (b, *shape), 0 for those left out; a layer used twice has two, which add up."""
+    given: Tensor | list[Tensor] = p.grad_sample  # type: ignore[attr-defined]
+    found = torch.stack(given).sum(dim=0) if isinstance(given, list) else given
+    if left_out is None or not bool(left_out.any()):
+        return found
+    return found.masked_fill(left_out.view(-1, *[1] * (found.ndim - 1)), 0.0)
 
 
 def _with_hooks(model: nn.Module) -> Any:

@@ -5,9 +5,11 @@ and puts the name into `Reply.sender`; here it is compared with the reply's own 
 generator, and a reply that does not repeat it answers something else: it is old, or another run's.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from torch import Tensor
 
@@ -18,9 +20,14 @@ from omnifm.federation.compression import Compression
 from omnifm.federation.messages import Kind, Reply, Request, size_by_group
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy
+from omnifm.metrics.base import MOST
+
+log = logging.getLogger(__name__)
 
 RESERVED = frozenset({"event", "round", "client", "num_examples", "seconds", "bytes_up", "bytes_down", "discarded"})
 """What the round loop writes into a client's event; a metric of that name would overwrite it."""
+_NUMBERS = frozenset({"loss", "penalty", "effective_rank", "out_of_range", "masked_bytes"})
+_TABLES = frozenset({"retrieval"})
 _NONCE_BYTES = 16
 
 
@@ -66,16 +73,42 @@ def label(reply: Reply, round_index: int) -> str:
     return f"client {sender(reply)}, round {round_index}"
 
 
-def ask(exchange: Callable[[Iterable[Request]], Iterator[Reply]], requests: Iterable[Request]) -> Iterator[Reply]:
+def ask(
+    exchange: Callable[[Iterable[Request]], Iterator[Reply]],
+    requests: Iterable[Request],
+    judge: Callable[[Reply], None] = lambda reply: None,
+    *,
+    skips: bool = False,
+) -> Iterator[Reply]:
     """Send requests and yield the replies, each known to come from whom it says and to answer what was asked.
 
+    Args:
+        exchange: the engine's.
+        requests: to clients.
+        judge: raises FederationError, in words without a name, if what is in a reply does not fit.
+        skips: whether a reply that is refused is left out, with a line in the log; otherwise it is an error.
+
     Raises:
-        FederationError: naming the client, if one does not.
+        FederationError: naming the client, if a reply is refused.
     """
     post = Post()
     for reply in exchange(post.send(request) for request in requests):
-        check_origin(reply, post.settle(reply), reply.round)
+        try:
+            check_origin(reply, post.settle(reply), reply.round)
+            _judged(reply, judge)
+        except FederationError as error:
+            if not skips:
+                raise
+            log.warning("%s; its reply is discarded", error)
+            continue
         yield reply
+
+
+def _judged(reply: Reply, judge: Callable[[Reply], None]) -> None:
+    try:
+        judge(reply)
+    except FederationError as error:
+        raise FederationError(f"{label(reply, reply.round)}: {error}") from None
 
 
 def check_origin(reply: Reply, asked: Asked | None, round_index: int) -> None:
@@ -127,11 +160,10 @@ def check_upload(reply: Reply, round_index: int, sent: Mapping[str, Tensor], lon
     who = label(reply, round_index)
     if reply.num_examples <= 0:
         raise FederationError(f"{who}: the reply stands for {reply.num_examples} examples")
-    loss = reply.metrics.get("loss")
-    if isinstance(loss, bool) or not isinstance(loss, int | float):
+    if not _is_number(loss := reply.metrics.get("loss")):
         raise FederationError(f"{who}: the loss is missing or not finite")
     _check_fit(reply, who, sent)
-    if not math.isfinite(loss):
+    if not abs(loss) < MOST:
         raise NotFiniteError(f"{who}: the loss is missing or not finite")
     # A sum is not finite if any element is not; one pass, no mask in memory. Sums overflow only beyond float32's range.
     for name, tensor in reply.tensors.items():
@@ -139,11 +171,19 @@ def check_upload(reply: Reply, round_index: int, sent: Mapping[str, Tensor], lon
             raise NotFiniteError(f"{who}: tensor {name} is not finite")
     if taken := RESERVED & reply.metrics.keys():
         raise FederationError(f"{who}: a metric is called {min(taken)}, which only the server says")
-    for name, value in reply.metrics.items():
-        if not _all_finite(value):
-            raise NotFiniteError(f"{who}: metric {name[:60]!r} is not finite")
+    _check_metrics(reply, who)
     if longest and (norm := update_norm(reply.tensors, sent)) > longest:
         raise FederationError(f"{who}: an update of norm {norm:.4g}, at most {longest:g} are taken")
+
+
+def _check_metrics(reply: Reply, who: str) -> None:
+    """Metrics that the report shows are numbers, or tables of such; what a strategy of one's own tells is finite."""
+    for name, value in reply.metrics.items():
+        fits = _is_number(value) if name in _NUMBERS else isinstance(value, Mapping) and all(map(_is_number, value.values()))
+        if name in _NUMBERS | _TABLES and not fits:
+            raise FederationError(f"{who}: metric {name[:60]!r} is no {'number' if name in _NUMBERS else 'table of numbers'}")
+        if not _all_finite(value):
+            raise NotFiniteError(f"{who}: metric {name[:60]!r} is not finite")
 
 
 def check_count(reply: Reply, round_index: int, known: int) -> None:
@@ -173,10 +213,14 @@ def _check_fit(reply: Reply, who: str, sent: Mapping[str, Tensor]) -> None:
             raise FederationError(f"{who}: tensor {name} is {tensor.dtype}, not {sent[name].dtype}")
 
 
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _all_finite(value: object) -> bool:
     """Whether a plain value, and all in it, can be written as JSON."""
     if isinstance(value, Mapping):
         return all(map(_all_finite, value.values()))
     if isinstance(value, list | tuple):
         return all(map(_all_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+    return not _is_number(value) or abs(value) < MOST

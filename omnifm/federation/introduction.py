@@ -16,7 +16,8 @@ from omnifm.data.partition import ClientPlan
 from omnifm.data.words import Words
 from omnifm.errors import FederationError
 
-MOST_EXAMPLES = 10_000_000
+MOST_EXAMPLES = 1_000_000
+"""Rows of a split; each of them is a number in split.json, whoever said how many there are."""
 MOST_CLASSES = 10_000
 Count = Annotated[int, Field(ge=0, le=MOST_EXAMPLES)]
 
@@ -47,8 +48,7 @@ class Introduction(BaseModel):
     @property
     def plan(self) -> ClientPlan:
         """The client's plan with numbers in place of rows: as many of them, but they name none."""
-        rows = (tuple(range(count)) for count in (self.train, self.val, self.test))
-        return ClientPlan(self.client, self.spec.name, self.modality, *rows)
+        return ClientPlan(self.client, self.spec.name, self.modality, *map(range, (self.train, self.val, self.test)))
 
 
 def introduce(cohort: Cohort, plan: ClientPlan, place: int, words: Words | None = None) -> Introduction:

@@ -66,7 +66,7 @@ class Neighbourhoods:
             if job.release is None:
                 return {"signature": client_signature(images, band)}
             spectra = torch.stack([client_signature(image, band) for image in images])
-            return {"signature": job.release.mean(spectra, "spectrum", job.client).float()}
+            return job.release.told({"signature": job.release.mean(spectra, "spectrum", job.client).float()})
         except DataError as error:
             raise DataError(f"client {job.client}: {error}") from None
 

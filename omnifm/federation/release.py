@@ -8,6 +8,9 @@ mean Y / h: whatever a client's images are, it lies in a ball of B, so another c
 that. The number of images counts as known, as for the weights.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -19,11 +22,35 @@ from omnifm.privacy import crypto
 _ROUNDING = 1e-12
 
 
+@dataclass
+class Passed:
+    """What went through a release while one request was answered.
+
+    Attributes:
+        noises: of each release, the noise in sensitivities of one image.
+        names: of the tensors that are made of noisy sums and of nothing else.
+    """
+
+    noises: list[float] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+
+
 class Release:
     """A client's noisy sums. Args: `privacy`: clip and noise; `seed`: of the run, used where the noise is to be repeatable."""
 
     def __init__(self, privacy: PrivacyConfig, seed: int) -> None:
         self._privacy, self._seed = privacy, seed
+        self._passed = Passed()
+
+    def watch(self) -> Passed:
+        """Return what is filled from now on, until the next call, with what goes through here."""
+        self._passed = Passed()
+        return self._passed
+
+    def told(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors that are about to leave, noted as made of the noisy sums alone; others count as told without noise."""
+        self._passed.names |= tensors.keys()
+        return dict(tensors)
 
     @property
     def clip(self) -> float:
@@ -54,6 +81,7 @@ class Release:
         values = values * (bound / (norm * (1 + _ROUNDING)).clamp_min(bound))
         total = torch.zeros(slots, values.shape[1], dtype=torch.float64).index_add_(0, place, values)
         scale = self.deviation(bound, len(values))
+        self._passed.noises.append(self._privacy.prototype_noise * (len(values) if self._privacy.clip else 1))
         if not scale:
             return total
         key = stream_key(self._privacy, self._seed, b"omnifm spectra noise 1", *purpose)

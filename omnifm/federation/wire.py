@@ -20,6 +20,7 @@ MAX_BYTES = 4 * 2**30
 MAX_HEADER = 4 * 2**20
 MAX_TENSORS = 2**14
 _MAX_DIMS, _MAX_ELEMENTS, _MAX_NAME, _MAX_DEPTH, _MAX_COUNT = 8, 2**40, 200, 16, 2**53
+_MAX_ENTRIES = MAX_TENSORS + 2  # one for what is no tensor, and one so that a tensor too many is called that
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes of an element, by the name of its type; no other type crosses the wire."""
 
@@ -107,10 +108,13 @@ def _parse(text: bytes, *, numbers: bool) -> object:
 
 
 def _no_duplicates(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise FederationError(f"the header says {shown(next(n for n in names if names.count(n) > 1))} twice")
+    if len(pairs) > _MAX_ENTRIES:
+        raise FederationError(f"a table of {len(pairs)} entries, at most {_MAX_ENTRIES} are read")
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise FederationError(f"the header says {shown(name)} twice")
+        found[name] = value
     return found
 
 

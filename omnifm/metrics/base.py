@@ -4,10 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 
+from omnifm.errors import FederationError
+
+MOST = 1e30
+"""No score, loss or other number that a client tells of is as large: sums of such numbers stay far from overflowing."""
 Scores = dict[str, float | None]
 """Scores by name; None is a score that is undefined."""
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
@@ -19,6 +23,8 @@ class Metric(ABC):
 
     counts: frozenset[str] = frozenset()
     """Names among the scores that count something: those of the clients are added up, and there is no worst of them."""
+    by_row: ClassVar[bool] = False
+    """True: the state has one line for each row of the manifest, slices of a volume together."""
 
     @abstractmethod
     def update(self, prediction: Tensor, target: Tensor, row: Tensor, side: Mapping[str, Tensor] = NOTHING) -> None:
@@ -27,6 +33,31 @@ class Metric(ABC):
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """Return all that was added, as tensors that concatenate."""
+
+    def vet(self, state: Mapping[str, Tensor], rows: int) -> None:
+        """Raise FederationError, in words without a name, if `state` is none that a client with so many rows can have.
+
+        Names, types and shapes are those of this metric, which is a fresh one; values are finite. A metric whose `compute`
+        asks for more of its values says so in a `vet` of its own.
+        """
+        outline = self.state()
+        if odd := outline.keys() ^ state.keys():
+            raise FederationError(f"score {min(odd)[:60]} is {'missing' if min(odd) in outline else 'unknown'}")
+        for name, like in outline.items():
+            found = state[name]
+            if found.dtype != like.dtype or found.ndim != like.ndim or found.shape[1:] != like.shape[1:]:
+                raise FederationError(f"score {name} is {found.dtype} of shape {tuple(found.shape)}, which does not fit")
+            if found.is_floating_point() and not bool((found.abs() < MOST).all()):
+                raise FederationError(f"score {name} is not finite")
+        lengths = {len(found) for found in state.values()}
+        if len(lengths) != 1 or 0 in lengths or (self.by_row and lengths != {rows}):
+            raise FederationError(f"scores of {', '.join(map(str, sorted(lengths)))} lines for {rows} rows")
+
+    @staticmethod
+    def require_within(state: Mapping[str, Tensor], name: str, least: float, most: float) -> None:
+        """Raise FederationError if a value is not within a range."""
+        if not bool(((state[name] >= least) & (state[name] <= most)).all()):
+            raise FederationError(f"score {name} has a value that is not within {least:g} to {most:g}")
 
     @abstractmethod
     def merge(self, states: Iterable[Mapping[str, Tensor]]) -> Self:

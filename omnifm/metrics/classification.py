@@ -10,6 +10,7 @@ Slices of one volume share a row: their probabilities are averaged first, so sco
 """
 
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ class ClassificationMetric(Metric):
     """Keeps `(n, classes)` probabilities, `(n,)` labels and `(n,)` rows."""
 
     counts = frozenset({"auc_classes_skipped"})
+    by_row: ClassVar[bool] = True
 
     def __init__(self, num_classes: int) -> None:
         self._classes = num_classes
@@ -42,6 +44,12 @@ class ClassificationMetric(Metric):
         total = torch.zeros(len(rows), self._classes, dtype=torch.float64).index_add_(0, place, probability)
         labels = torch.zeros(len(rows), dtype=torch.int64).scatter_(0, place, label)
         return {"probability": total / place.bincount().unsqueeze(1), "label": labels}
+
+    def vet(self, state: Mapping[str, Tensor], rows: int) -> None:
+        """Labels are classes, probabilities are such, up to rounding."""
+        super().vet(state, rows)
+        self.require_within(state, "label", 0, self._classes - 1)
+        self.require_within(state, "probability", 0, 1 + 1e-6)
 
     def merge(self, states: Iterable[Mapping[str, Tensor]]) -> "ClassificationMetric":
         """Return the metric of all `states` together. Rows of different clients are different rows."""

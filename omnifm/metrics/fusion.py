@@ -97,6 +97,11 @@ class FusionMetric(Metric):
         lines = torch.cat([torch.zeros(0, len(NAMES), dtype=torch.float64), *self._lines])
         return {"score": lines.nan_to_num(nan=0.0), "defined": (~lines.isnan()).to(torch.uint8)}
 
+    def vet(self, state: Mapping[str, Tensor], rows: int) -> None:
+        """What is defined is yes or no."""
+        super().vet(state, rows)
+        self.require_within(state, "defined", 0, 1)
+
     def merge(self, states: Iterable[Mapping[str, Tensor]]) -> "FusionMetric":
         """Return the metric of all pairs of `states`."""
         union = FusionMetric()

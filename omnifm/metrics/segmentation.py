@@ -12,13 +12,14 @@ higher by many points.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from omnifm.metrics.base import NOTHING, Metric, Scores
+from omnifm.metrics.base import MOST, NOTHING, Metric, Scores
 
 PERCENTILE = 95.0
 _NOT_SCORED, _BOTH, _EMPTY, _MISSED = 0, 1, 2, 3
@@ -35,6 +36,7 @@ class SegmentationMetric(Metric):
     """
 
     counts = frozenset({"missed", "empty_cases"})
+    by_row: ClassVar[bool] = True
 
     def __init__(self, structures: Structures, scored: Iterable[str] | None = None) -> None:
         self._structures = dict(structures)
@@ -89,6 +91,13 @@ class SegmentationMetric(Metric):
         empty = torch.zeros(0, width, dtype=torch.float64)
         columns = zip(*self._lines, strict=True) if self._lines else [(empty,), (empty,), (empty.to(torch.int64),)]
         return {name: torch.cat(column) for name, column in zip(("dice", "hd95", "code"), columns, strict=True)}
+
+    def vet(self, state: Mapping[str, Tensor], rows: int) -> None:
+        """Dice is a share, a distance not negative, a code one of the four."""
+        super().vet(state, rows)
+        self.require_within(state, "dice", 0, 1)
+        self.require_within(state, "hd95", 0, MOST)
+        self.require_within(state, "code", _NOT_SCORED, _MISSED)
 
     def merge(self, states: Iterable[Mapping[str, Tensor]]) -> "SegmentationMetric":
         """Return the metric of all cases of `states`."""

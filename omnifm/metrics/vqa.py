@@ -106,6 +106,12 @@ class VqaMetric(Metric):
         """Return `line` `(n, k, 7)`, `closed` and `disjoint` `(n,)` and `question_type` `(n, types)`."""
         return {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
 
+    def vet(self, state: Mapping[str, Tensor], rows: int) -> None:
+        """Scores of an answer are shares; kinds are yes or no."""
+        super().vet(state, rows)
+        for name in state:
+            self.require_within(state, name, 0, 1 + 1e-6)
+
     def merge(self, states: Iterable[Mapping[str, Tensor]]) -> "VqaMetric":
         """Return the metric of all questions of `states`."""
         union = VqaMetric(self._answers, self._types, forced=self._forced, disjoint=self._disjoint)

@@ -52,10 +52,14 @@ class Plan:
             raise ValueError(f"threshold {self.threshold} of {self.parties} parties")
 
     def require(self, present: Collection[int], step: str, within: Collection[int] | None = None) -> None:
-        """Raise FederationError if too few are left after a step, or one that was not there before."""
+        """Raise FederationError if too few are left after a step, one that was not there before, or one that is named twice."""
         known = range(self.parties) if within is None else within
+        if not all(type(party) is int for party in present):
+            raise FederationError(f"secure aggregation, step {step}: a party is no number")
         if strangers := [party for party in present if party not in known]:
             raise FederationError(f"secure aggregation, step {step}: party {min(strangers)} is not expected")
+        if len(set(present)) < len(present):
+            raise FederationError(f"secure aggregation, step {step}: a party is named twice")
         if len(present) < self.threshold:
             raise FederationError(
                 f"secure aggregation, step {step}: {len(present)} of {self.parties} clients are left, {self.threshold} are needed"

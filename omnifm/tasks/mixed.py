@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from omnifm.config import Config, dump, parse, put
 from omnifm.data.readers import Image
-from omnifm.errors import ConfigError, DataError
+from omnifm.errors import ConfigError, DataError, FederationError
 from omnifm.metrics.base import NOTHING, Metric, Scores
 from omnifm.tasks.base import (
     Answer,
@@ -151,6 +151,13 @@ class MixedMetric(Metric):
     def state(self) -> dict[str, Tensor]:
         """Return all states, `task/name`."""
         return {f"{task}/{name}": tensor for task, metric in self._metrics.items() for name, tensor in metric.state().items()}
+
+    def vet(self, state: Mapping[str, Tensor], rows: int) -> None:
+        """The one task that a client's metric is for judges."""
+        ((task, metric),) = self._metrics.items()
+        if odd := [name for name in state if not name.startswith(f"{task}/")]:
+            raise FederationError(f"score {min(odd)[:60]} is unknown")
+        metric.vet({name.removeprefix(f"{task}/"): tensor for name, tensor in state.items()}, rows)
 
     def merge(self, states: Iterable[Mapping[str, Tensor]]) -> "MixedMetric":
         """Return the metric of the union of `states`, of whichever tasks they are."""

@@ -19,10 +19,13 @@ _PACKAGES = ("torch", "monai", "numpy", "scipy", "safetensors", "pydantic", "sci
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a crash leaves the old file or the new one. Raises CheckpointError if the disk refuses."""
+    """Replace `path` by `text`; a crash leaves the old file or the new one. Raises CheckpointError if the disk refuses.
+
+    Half a surrogate pair, which text from elsewhere may hold and UTF-8 has no bytes for, becomes a question mark.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with partial.open("w", encoding="utf-8", errors="replace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -1,11 +1,18 @@
 """What the board says: at the terminal, in JSON and as a page."""
 
+import io
 import json
+from collections.abc import Collection
 from pathlib import Path
 
+from rich.console import Console
+
 from omnifm.deploy.board import Board
+from omnifm.deploy.roster import Roster
 from omnifm.deploy.status import read_status, table
 from omnifm.deploy.words import COLUMNS
+from omnifm.engines.calls import Call, pack
+from omnifm.engines.parcels import Arrival, Node
 from omnifm.engines.remote import Account
 
 
@@ -35,6 +42,39 @@ def test_it_says_who_is_late_and_why_on_page_and_terminal(tmp_path: Path) -> Non
     assert all(column in page for column in COLUMNS)
     board.state("finished")
     assert "refresh" not in (tmp_path / "status.html").read_text()
+
+
+ODD = "no \ud800 disk \x1b]0;owned\x07\x1b[2J\x1b[1;1H\u202efull\n\nrun finished"
+
+
+def test_what_a_hospital_says_reaches_no_terminal_as_it_came(tmp_path: Path) -> None:
+    """Half a surrogate pair ended the server's program, and escape sequences could repaint the operator's terminal."""
+
+    class Odd:
+        def nodes(self) -> list[Node]:
+            return [Node(1), Node(2)]
+
+        def send(self, node: int, blob: bytes) -> str:
+            return f"p{node}"
+
+        def take(self, parcels: Collection[str]) -> list[Arrival]:
+            calls = {"p1": Arrival("p1", pack(Call("mistake", {"message": ODD}))), "p2": Arrival("p2", error=ODD)}
+            return [calls[parcel] for parcel in parcels]
+
+    board = Board(tmp_path, ["a"])
+    told: list[str] = []
+
+    def heard(client: str, *, connected: bool, said: str) -> None:
+        told.append(said)
+        board.heard("a", connected=connected, said=said)
+
+    Roster(Odd(), {"a": b""}, {}, heard)._look()
+    assert told == ["no disk ]0;owned [2J [1;1H full run finished"] * 2
+    shown = io.StringIO()
+    Console(file=shown, force_terminal=True, width=200).print(table(read_status(tmp_path)))
+    assert "owned" in shown.getvalue() and not [odd for odd in ("\x1b]0", "\x1b[2J", "\x1b[1;1H") if odd in shown.getvalue()]
+    board.heard("a", connected=True, said=ODD)  # wherever it came from
+    assert "no ? disk" in (tmp_path / "status.html").read_text()
 
 
 def test_it_writes_at_most_twice_a_second_while_bytes_flow(tmp_path: Path) -> None:

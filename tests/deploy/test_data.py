@@ -1,7 +1,8 @@
 """Across machines nobody has all cohorts, and yet everybody builds the federation of the run in one process."""
 
 import json
-from dataclasses import dataclass
+import tracemalloc
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 
 from omnifm import build
 from omnifm.config import Config, digest, parse
+from omnifm.data.partition import plans_to_json
 from omnifm.data.words import Discretion, read_discretion
 from omnifm.deploy.data import Own, data_apart, own_client, public
 from omnifm.errors import ConfigError, DataError, FederationError
 from omnifm.federation.client import Site
-from omnifm.federation.introduction import Introduction, read_introduction
+from omnifm.federation.introduction import MOST_EXAMPLES, Introduction, read_introduction
 from omnifm.tasks.vqa import Vqa
 from tests.run import jobs
 from tests.support import differing
@@ -117,6 +119,31 @@ def test_free_text_that_comes_all_the_same_is_dropped(data: Path) -> None:
     own = take_apart(jobs.config(data)).owns[0]
     spec = own.introduction.spec.model_copy(update={"notes": "Mrs Jane Roe", "title": "Jane"})
     assert read_introduction(own.introduction.model_copy(update={"spec": spec}).model_dump_json()) == own.introduction
+
+
+def test_numbers_of_rows_cost_no_memory_and_have_a_bound(data: Path) -> None:
+    """A few bytes that spoke of thirty million rows took the server more than a GiB."""
+    one = take_apart(jobs.config(data)).owns[0].introduction
+    most = one.model_copy(update=dict.fromkeys(("train", "val", "test"), MOST_EXAMPLES))
+    tracemalloc.start()
+    try:
+        plan = read_introduction(most.model_dump_json()).plan
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    assert len(plan.train) == len(plan.val) == len(plan.test) == MOST_EXAMPLES and plan.test[-1] == MOST_EXAMPLES - 1
+    more = most.model_copy(update={"val": MOST_EXAMPLES + 1})
+    with pytest.raises(FederationError, match=r"an introduction cannot be read: val: [^\n]*1000000"):
+        read_introduction(more.model_dump_json())
+
+
+def test_a_plan_from_elsewhere_is_written_as_one_from_here(data: Path) -> None:
+    plan = take_apart(jobs.config(data)).owns[0].introduction.plan
+    rows = {split: tuple(range(len(getattr(plan, split)))) for split in ("train", "val", "test")}
+    here = replace(plan, **rows)
+    as_ever = json.dumps([asdict(here)], separators=(",", ":"), sort_keys=True)  # what the SHA-256 in split.json is of
+    assert plans_to_json([plan]) == plans_to_json([here]) == as_ever
+    assert json.dumps(plan.record()) == json.dumps(asdict(here)), "the same order of keys"
 
 
 def test_the_config_that_travels_names_no_path_and_is_the_same_run(data: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ pytest.importorskip("opacus", reason="needs the extra omnifm[privacy]")
 
 import torch
 
-from omnifm.config import Config, dump, parse
+from omnifm.config import Config, PrivacyConfig, dump, parse
 from omnifm.deploy.data import public
 from omnifm.deploy.hospital import Hospital
 from omnifm.deploy.ledger import Answer, Ledger
@@ -24,6 +25,7 @@ from omnifm.deploy.policy import Policy
 from omnifm.engines.calls import Call, pack, unpack
 from omnifm.errors import CheckpointError, FederationError
 from omnifm.federation.messages import Reply, Request, decode, encode
+from omnifm.federation.release import Passed, Release
 from omnifm.privacy.accounting import NO_RELEASES, Releases, Steps, epsilon_of_all, epsilon_of_examples
 from tests.deploy.post import Post, hurry, open_bays
 from tests.deploy.test_server import serve
@@ -147,8 +149,8 @@ def test_what_once_left_without_noise_is_remembered(data: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("noise", [0.0, 2.0])
 def test_a_mean_spectrum_is_a_release(noise: float, data: Path, tmp_path: Path) -> None:
-    budget = {"prototype_clip": 1.0, "prototype_noise": noise} if noise else {}
-    asked = Asked(data, make_config(data, "omnifm", **PRIVATE, **budget), tmp_path)
+    budget = {**PRIVATE, "prototype_clip": 1.0, "prototype_noise": noise} if noise else {}
+    asked = Asked(data, make_config(data, "omnifm", **budget), tmp_path)
     reply = asked("describe")
     assert isinstance(reply, Reply) and "signature" in reply.extra
     expected = epsilon_of_examples(1.0, DELTA, 0, 1.0, Releases(noise, 1))
@@ -161,11 +163,22 @@ def test_masks_are_no_release_and_what_has_no_noise_is_worth_everything(data: Pa
     told, masked = (
         Reply("train", 0, "scan-0", EXAMPLES, extra={name: torch.zeros(3)}) for name in ("prototypes/vectors", "secagg/masked")
     )
-    assert Answer.to(request, config, EXAMPLES, masked).releases == NO_RELEASES
-    assert Answer.to(request, config, EXAMPLES, told).releases == Releases(0.0, 1)
-    mean = make_config(data, **PRIVATE, clip=1.0, noise_multiplier=2.0, prototype_clip=1.0, prototype_noise=0.5)
-    assert Answer.to(request, mean, EXAMPLES, told).releases == Releases(0.5 * EXAMPLES, 1)
-    assert Answer.to(Request("evaluate", 0, "scan-0"), config, EXAMPLES, told) == Answer()
+    noisy = Passed([0.5], {"prototypes/vectors"})
+    assert Answer.to(request, config, EXAMPLES, masked, Passed()).releases == NO_RELEASES
+    assert Answer.to(request, config, EXAMPLES, told, Passed()).releases == Releases(0.0, 1)
+    assert Answer.to(request, config, EXAMPLES, told, noisy).releases == Releases(0.5, 1)
+    more = replace(told, extra={**told.extra, "amplitudes": torch.zeros(3)})
+    assert Answer.to(request, config, EXAMPLES, more, noisy).releases == Releases(0.0, 1), "something went past the noise"
+    assert Answer.to(Request("evaluate", 0, "scan-0"), config, EXAMPLES, told, noisy) == Answer()
+
+
+@pytest.mark.parametrize(("changes", "factor"), [({}, 1), ({"clip": 1.0, "noise_multiplier": 2.0}, 7)])
+def test_a_release_says_with_which_noise_what_left(changes: dict[str, float], factor: int) -> None:
+    release = Release(PrivacyConfig(**PRIVATE, prototype_clip=1.0, prototype_noise=0.7, **changes), 0)
+    release.mean(torch.ones(3, 2), "before")
+    passed = release.watch()
+    release.told({"signature": release.mean(torch.ones(7, 2), "spectrum")})
+    assert passed == Passed([0.7 * factor], {"signature"}), "with client-level privacy the noise is on the mean"
 
 
 def test_the_ledgers_of_an_honest_run_say_what_its_metrics_say(

@@ -49,6 +49,7 @@ FALLS_SHORT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "max_rounds": ({"max_rounds": 2}, {}, "federation.rounds = 3, at most 2 are allowed"),
     "max_local_epochs": ({"max_local_epochs": 1}, {"federation": {"local_epochs": 2}}, "federation.local_epochs = 2, at most 1"),
+    "fine-tuning": ({"max_local_epochs": 1}, {"federation": {"finetune_epochs": 2}}, "federation.finetune_epochs = 2, at most 1"),
     "max_local_steps": ({"max_local_steps": 9}, {"federation": {"local_steps": 10}}, "federation.local_steps = 10, at most 9"),
 }
 FINE: dict[str, dict[str, Any]] = {
@@ -123,9 +124,30 @@ def test_a_request_that_asks_for_more_than_its_config_is_refused(data: Path, tmp
         ({"settings": {"epochs": 5}}, "epochs = 5 in a request, at most 1 are allowed"),
         ({"settings": {"epochs": "many"}}, "epochs = 'many' in a request"),
         ({"round": 3}, "round 3, at most 3 rounds are allowed"),
+        (
+            {"kind": "evaluate", "settings": {"split": "test", "view": "personal", "finetune_epochs": 7}},
+            "finetune_epochs = 7 in a request, at most 1 are allowed",
+        ),
     ):
         request = Request(**{"kind": "train", "round": 0, "client": "scan-0", **changes})
         assert line in said(strict, Call("answer", header(data), encode(request)))
+
+
+@pytest.mark.parametrize("split", ["train", "all", None, ["test"]])
+def test_nothing_but_validation_and_test_is_scored_with_any_policy(split: object, data: Path, tmp_path: Path) -> None:
+    """Labels and probabilities of the training images are no score."""
+    hospital = Hospital(data / "scan", "scan-0", tmp_path, str(data / "cache"))
+    for view in ("personal", "global", "reference"):
+        asked = Request("evaluate", 0, "scan-0", settings={"split": split, "view": view} if split else {"view": view})
+        line = said(hospital, Call("answer", header(data), encode(asked)))
+        assert f"an evaluation of split {split!r}, where val and test are scored" in line and "\n" not in line
+
+
+def test_a_hospital_may_keep_its_scores_to_itself(data: Path, tmp_path: Path) -> None:
+    asked = Call("answer", header(data), encode(Request("evaluate", 0, "scan-0", settings={"split": "val", "view": "personal"})))
+    quiet = Hospital(data / "scan", "scan-0", tmp_path, str(data / "cache"), policy=Policy(allow_scores=False))
+    assert said(quiet, asked) == "mistake: refused by this hospital's policy: an evaluation, whose scores are not told"
+    assert "lacks the introductions" in said(Hospital(data / "scan", "scan-0", tmp_path), asked), "by default it is not refused"
 
 
 def test_few_clients_are_refused_once_it_is_known_how_few_they_are(data: Path, tmp_path: Path) -> None:

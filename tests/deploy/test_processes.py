@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,13 +15,14 @@ import pytest
 from omnifm.cli.deploy import join
 from omnifm.config import Config
 from omnifm.data.words import Discretion
-from omnifm.deploy.app import write_app, write_home, write_programs
+from omnifm.deploy.app import write_app, write_home, write_programs, write_server_programs
 from omnifm.deploy.doctor import Finding, Patient, examine
 from omnifm.deploy.join import make_member
 from omnifm.deploy.processes import Child, environment, free_port, is_open, last_words
 from omnifm.deploy.serve import clients_in, make_server
+from omnifm.deploy.server import Job, main_of_run
 from omnifm.engines.quiet import QUIET
-from omnifm.errors import CheckpointError, ConfigError, DataError
+from omnifm.errors import CheckpointError, ConfigError, DataError, FederationError
 from tests.run import jobs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +122,37 @@ def test_a_hospital_runs_nothing_but_ours(tmp_path: Path) -> None:
             assert done.returncode == 1 and done.stderr == f"omnifm: a hospital runs no {name}; refused\n"
 
 
+def test_a_server_runs_nothing_but_ours_whatever_app_a_run_comes_with(tmp_path: Path) -> None:
+    folder = write_server_programs(tmp_path / "programs")
+    for path in folder.iterdir():
+        if path.name == "flwr-serverapp":
+            assert "omnifm.deploy.server:main_of_run" in path.read_text() and os.access(path, os.X_OK)
+        else:
+            done = subprocess.run([path, "--token", "x"], capture_output=True, text=True)
+            assert done.returncode == 1 and done.stderr == f"omnifm: a server runs no {path.name}; refused\n"
+    assert len(list(folder.iterdir())) == 6
+
+
+def test_the_server_s_program_serves_the_run_that_serve_has_started_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(out=tmp_path, clients=(), certs=None)
+    (tmp_path / "flower").mkdir()
+    (tmp_path / "flower" / "job.json").write_text(job.model_dump_json())
+    monkeypatch.setenv("OMNIFM_SERVER", str(tmp_path / "flower" / "job.json"))
+    monkeypatch.setattr("omnifm.deploy.server._TURN_SECONDS", 0.5)
+    served: list[object] = []
+    monkeypatch.setattr("omnifm.deploy.server.main", served.append)
+    for text in (None, "", "8", "70"):
+        if text is not None:
+            job.run.write_text(text)
+        with pytest.raises(FederationError, match="run 7 is not the one that omnifm serve has started; refused"):
+            main_of_run("grid", 7)  # type: ignore[arg-type]
+    threading.Timer(0.2, lambda: job.run.write_text("7")).start()
+    main_of_run("grid", 7)  # type: ignore[arg-type]
+    assert served == ["grid"] and "run 7 is not the one" in job.log.read_text()
+
+
 def test_the_app_and_the_connection_are_written(tmp_path: Path) -> None:
     import tomllib
 
@@ -212,6 +245,43 @@ def test_the_doctor_finds_what_is_wrong_and_says_the_mend(data: Path, tmp_path: 
     assert all("\n" not in finding.what for finding in [*findings, *broken])
 
 
+class Untouched:
+    """Stands for what `join` starts."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def stop(self) -> None: ...
+
+    close = stop
+
+
+@pytest.mark.usefixtures("_flower")
+def test_one_join_works_in_a_state_folder_and_nobody_else_reads_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two would each write the ledger over what the other has counted."""
+    monkeypatch.setattr("omnifm.deploy.join.Listener", Untouched)
+    monkeypatch.setattr("omnifm.deploy.join.Child", Untouched)
+    (tmp_path / "state").mkdir(mode=0o755)
+    first, second = (make_member("localhost:1", data / "scan", "a", None, tmp_path / "state") for _ in range(2))
+    for member in (first, second):
+        member.cache = str(tmp_path / "cache")
+    refused: list[str] = []
+
+    def meanwhile() -> bool:
+        with pytest.raises(CheckpointError) as caught:
+            second.run(lambda: True)
+        refused.append(str(caught.value))
+        return True
+
+    monkeypatch.setattr(first, "_refusal", lambda: "")
+    monkeypatch.setattr(second, "_refusal", lambda: "")
+    first.run(meanwhile)
+    assert refused == [f"{tmp_path / 'state' / 'join.lock'}: another omnifm join works in this folder"]
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("state", "cache")] == [0o700, 0o700]
+    second.run(lambda: True)
+
+
 class ToldError(Exception):
     """Carries what a hospital was opened with."""
 
@@ -225,9 +295,13 @@ def test_what_a_hospital_tells_of_answers_is_what_its_command_says(
 
     monkeypatch.setattr("omnifm.deploy.join.Hospital", opened)
     monkeypatch.setattr("omnifm.cli.deploy._end_well", lambda: None)
+    monkeypatch.setattr("omnifm.deploy.join.default_cache_dir", lambda: tmp_path / "cache")
+    masks: list[int] = []
+    monkeypatch.setattr("os.umask", masks.append)
     (tmp_path / "answers.txt").write_text("yes\n no \n", encoding="utf-8")
     own = {"answers_least": 2, "answers": tmp_path / "answers.txt"}
     for given, told in (({}, Discretion(5)), (own, Discretion(2, ("yes", "no")))):
         with pytest.raises(ToldError) as caught:
             join("localhost:1", data / "scan", "a", state=tmp_path / "state", **given)  # type: ignore[arg-type]
         assert caught.value.args == (told,)
+    assert masks == [0o077, 0o077], "files are for this user alone"

@@ -69,7 +69,7 @@ class Served:
 
 def program_of(serving: subprocess.Popen[bytes], name: str) -> psutil.Process:
     """Return the process in which one of Flower's programs runs, which is not the leash it is on."""
-    found = [(p, p.cmdline()) for p in relatives(serving)]
+    found = [(p, p.cmdline()) for p in relatives(serving) if p.status() != psutil.STATUS_ZOMBIE]
     return next(p for p, words in found if "omnifm.deploy.leash" not in words and any(w.endswith(f"/{name}") for w in words))
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from omnifm.deploy.processes import free_port
+from omnifm.deploy.app import CONNECTION, write_app, write_home
+from omnifm.deploy.processes import environment, free_port, program
 from omnifm.errors import FederationError
 from tests.engines.federation import ROOT, ROUND, START, Loopback, Served, living, loopback, program_of, relatives
 from tests.run import jobs
@@ -49,12 +51,27 @@ def join_words(client: str, port: int, cohort: Path) -> list[str]:
     return ["join", "--server", f"127.0.0.1:{port}", "--cohort", str(cohort), "--client", client]
 
 
+def start_foreign_run(place: Loopback, port: int) -> None:
+    """Start a run of one's own over the SuperLink's control interface, with an app whose code leaves a file."""
+    app, home = write_app(place.folder / "foreign"), write_home(place.folder / "foreign-home", f"127.0.0.1:{port}", None)
+    code = f"open({str(place.folder / 'owned')!r}, 'w')\nfrom flwr.serverapp import ServerApp\n\napp = ServerApp()\n"
+    (app / "omnifm_app" / "server.py").write_text(code)
+    command = [program("flwr"), "run", str(app), CONNECTION, "--format", "json"]
+    done = subprocess.run(command, env=environment(home), capture_output=True, text=True, timeout=ROUND)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_rounds_go_on_without_a_node_and_after_a_server_program_that_were_killed(place: Loopback, data: Path) -> None:
     job = raw(data, rounds=3, min_replies=2, deadline=8, evaluate_every=3)
     jobs.write_toml(place.folder / "job.toml", job)
     served, port = Served(place.folder / "run"), free_port()
     serving = place.omnifm(*serve_words(), "--port", str(port))
+    place.wait(lambda: "serving on" in place.said("serve"), START, "a SuperLink")
+    start_foreign_run(place, port)
+    said = served.run / "flower" / "server.log"
+    place.wait(lambda: said.is_file() and "is not the one that omnifm serve has started" in said.read_text(), START, "a refusal")
+    assert not (place.folder / "owned").exists(), "the code of an app that came with a run was run"
     hospitals = {
         client: place.omnifm(*join_words(client, port, data / client.partition("-")[0]), name=client) for client in CLIENTS
     }
@@ -104,5 +121,14 @@ def test_the_parts_of_flower_that_are_replaced_are_there() -> None:
 
     assert {"install_from_fab", "get_load_client_app_fn"} <= vars(runtime).keys() and "time" in vars(loop)
     assert "launch" in vars(SubprocessExecutor)
+    server = vars(import_module("flwr.superlink.runtime.run_serverapp")).keys()
+    assert {
+        "install_from_fab",
+        "get_fab_metadata",
+        "get_project_dir",
+        "get_project_config",
+        "get_fused_config_from_dir",
+    } <= server
+    assert "run_" in server and "get_middleware" in vars(import_module("flwr.superlink.extensions"))
     with pytest.raises(FederationError, match=r"this version of Flower .* is not known: types has no no_such_part"):
         _replace(__import__("types"), "no_such_part", SimpleNamespace())

@@ -29,6 +29,10 @@ def with_extra(reply: Reply, **extra: torch.Tensor) -> Reply:
     return replace(reply, extra={**reply.extra, **{n.replace("__", "/"): t for n, t in extra.items()}})
 
 
+def with_metrics(reply: Reply, **metrics: Any) -> Reply:
+    return replace(reply, metrics={**reply.metrics, **metrics})
+
+
 def flooded(reply: Reply) -> Reply:
     vectors, weight = (reply.extra[f"prototypes/{name}"] for name in ("vectors", "weight"))
     return with_extra(reply, prototypes__vectors=vectors.repeat(50, 1), prototypes__weight=weight.repeat(50))
@@ -44,6 +48,21 @@ BAD: dict[str, tuple[str, Callable[[Reply], Reply], str]] = {
     "NaN": ("fedavg", lambda r: scaled(r, float("nan")), "is not finite"),
     "shape": ("fedavg", lambda r: replace(r, tensors={n: t[None] for n, t in r.tensors.items()}), "has shape"),
     "a loss in words": ("fedavg", lambda r: replace(r, metrics={"loss": "low"}), "the loss is missing"),
+    "a loss beyond floats": ("fedavg", lambda r: with_metrics(r, loss=10**400), "the loss is missing or not finite"),
+    "a loss that overflows in a sum": ("fedavg", lambda r: with_metrics(r, loss=1.7e308), "the loss is missing or not finite"),
+    "a metric in words": ("fedavg", lambda r: with_metrics(r, effective_rank="x"), "metric 'effective_rank' is no number"),
+    "a truth for a number": ("fedavg", lambda r: with_metrics(r, penalty=True), "metric 'penalty' is no number"),
+    "a metric that is no table": (
+        "fedavg",
+        lambda r: with_metrics(r, retrieval=[1]),
+        "metric 'retrieval' is no table of numbers",
+    ),
+    "a table of words": (
+        "fedavg",
+        lambda r: with_metrics(r, retrieval={"own": "x"}),
+        "metric 'retrieval' is no table of numbers",
+    ),
+    "a number beyond floats": ("fedavg", lambda r: with_metrics(r, own={"x": [-(10**400)]}), "metric 'own' is not finite"),
     "a forged event": ("fedavg", lambda r: replace(r, metrics={**r.metrics, "event": "round"}), "a metric is called event"),
     "a metric that is none": (
         "fedavg",

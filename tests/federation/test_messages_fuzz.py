@@ -166,6 +166,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "no text": (join("{", b"")[:8] + b"\xff\xfe", "a header of|is no JSON"),
     "a long header": (struct.pack("<Q", 2**62) + b"{}", "a header of 4611686018427387904 bytes"),
     "truth that is neither": (encode(Reply("train", 0, "c", 1, {"b": torch.tensor([True])}))[:-1] + b"\x07", "neither 0 nor 1"),
+    "a long table": (
+        join({f"t:{k}": 0 for k in range(wire.MAX_TENSORS + 3)}, b""),
+        "a table of 16387 entries, at most 16386 are read",
+    ),
     "many tensors": (
         join(
             {f"t:{k}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for k in range(wire.MAX_TENSORS + 1)}
@@ -183,6 +187,24 @@ def test_what_is_wrong_is_named(name: str) -> None:
     with pytest.raises(FederationError, match=complaint) as caught:
         decode(blob)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_twice_is_found_in_one_pass() -> None:
+    """Names are compared as often as there are names, not as the square of it: 4 MiB of them took minutes."""
+    counted = 0
+
+    class Name(str):
+        def __eq__(self, other: object) -> bool:
+            nonlocal counted
+            counted += 1
+            return str.__eq__(self, other)  # type: ignore[arg-type]
+
+        __hash__ = str.__hash__
+
+    names = [Name(f"t:{k}") for k in range(5000)]
+    with pytest.raises(FederationError, match=r"the header says 't:4999' twice"):
+        wire._no_duplicates([*((name, 0) for name in names), (Name("t:4999"), 0)])
+    assert counted < 3 * len(names)
 
 
 def test_an_oversized_message_is_refused_before_it_is_read() -> None:

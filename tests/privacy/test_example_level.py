@@ -2,12 +2,14 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
+from torch import nn
 from torch.nn import functional
 
 pytest.importorskip("cryptography")
@@ -15,9 +17,12 @@ pytest.importorskip("dp_accounting")
 pytest.importorskip("opacus")
 
 from omnifm import build
+from omnifm.config import PrivacyConfig
 from omnifm.errors import ConfigError
+from omnifm.federation.example_level import ExampleLevel
 from omnifm.federation.messages import Request
 from omnifm.federation.private import statement
+from omnifm.federation.state import LocalJob
 from omnifm.privacy.accounting import epsilon_of_examples
 from tests.support import Lab, differing, make_lab
 
@@ -56,6 +61,57 @@ def test_a_step_is_that_of_a_loop_over_examples(clip: float, tmp_path: Path) -> 
     for name, gradient in by_loop(lab, clip).items():
         expected = lab.untrained[name].double() - 0.1 * gradient
         torch.testing.assert_close(moved[name].double(), expected, atol=2e-7, rtol=1e-5)
+
+
+def net_that_overflows() -> nn.Module:
+    """Return a network whose gradient overflows for an image brighter than .5, while its loss does not."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+        net[0].weight[0, 0], net[0].bias[0] = 2e-42, -1e-42
+        net[2].weight[0, 0], net[4].weight[0, 0] = 1e21, 1e20
+    return net
+
+
+def gradients(images: torch.Tensor, privacy: PrivacyConfig, net: nn.Module) -> torch.Tensor:
+    level = ExampleLevel(net, privacy, 0, len(images))
+    data: Any = SimpleNamespace(train=images)
+    job = LocalJob("c", 0, net, data, {}, {}, {}, 0, torch.device("cpu"))  # type: ignore[arg-type]
+    with level.recording():
+        loss = functional.cross_entropy(net(images), torch.zeros(len(images), dtype=torch.int64))
+        assert math.isfinite(loss.item())
+        loss.backward()
+        level.privatise(job)
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+def test_an_image_whose_gradient_overflows_counts_as_none() -> None:
+    """Weights from a hostile server would otherwise tell in one bit whether such an image is there, whatever the noise."""
+    privacy = PrivacyConfig(example_clip=1.0, example_noise=0.0)
+    dark = torch.full((8, 4), 0.2)
+    one = dark.clone()
+    one[3, 0] = 1.0
+    quiet = gradients(dark[1:], privacy, net_that_overflows()) * 7 / 8
+    assert torch.equal(gradients(one, privacy, net_that_overflows()), quiet), "not those of the seven others"
+    noisy = PrivacyConfig(example_clip=1.0, example_noise=1.0)
+    assert bool(gradients(one, noisy, net_that_overflows()).isfinite().all())
+
+
+def test_no_gradient_is_longer_than_the_clip_however_long_it_was() -> None:
+    """Where float32 has no number for the share of a gradient that may stay, nothing of it stays."""
+    net = nn.Sequential(nn.Linear(1, 2, bias=False))
+    for size, clip in ((1e30, 1e-12), (1e37, 1e-6), (3e38, 1e-15), (1e20, 1.0)):
+        with torch.no_grad():
+            net[0].weight.zero_()
+        found = gradients(torch.tensor([[size]]), PrivacyConfig(example_clip=clip), net).double().norm()
+        assert float(found) <= clip and (float(found) > 0.99 * clip) == (clip / size > 1.2e-38)
+
+
+@pytest.mark.parametrize("clip", [1e-42, 1e-21])
+def test_a_clip_beyond_float32_is_refused(clip: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^privacy\.example_clip = {clip:g}: at least 1e-20"):
+        ExampleLevel(nn.Linear(2, 2), PrivacyConfig(example_clip=clip, example_noise=1.0), 0, 4)
 
 
 def test_without_a_bound_and_noise_it_is_sgd(tmp_path: Path) -> None:

@@ -69,6 +69,26 @@ def test_the_sum_is_that_of_whoever_stays(count: int, data: st.DataObject) -> No
     assert np.array_equal(np.rint(total / sitting.plan.ring.quantum), exact)  # not one unit off
 
 
+@pytest.mark.parametrize(
+    ("survivors", "line"),
+    [
+        ([0, 0, 0, 0], "a party is named twice"),
+        ([0, 1, 2, 3, 3], "a party is named twice"),
+        ([0, 1, 2, True], "a party is no number"),
+        ([0, 1, 2, 3.0], "a party is no number"),
+        ([0, 1, 2, "3"], "a party is no number"),
+        ([0], "1 of 5 clients are left, 4 are needed"),
+    ],
+)
+def test_a_server_that_names_one_client_for_all_learns_nothing(survivors: list[Any], line: str) -> None:
+    """With party 0 named as often as the threshold asks, all but 0's mask keys came out, and with them 0's own update."""
+    sitting = Sitting(vectors(5), 4)
+    sitting.masks()
+    for client in sitting.clients.values():
+        with pytest.raises(FederationError, match=f"secure aggregation, step unmask: {line}"):
+            client.unmask(survivors)
+
+
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
 def test_below_the_threshold_there_is_no_sum(step: int) -> None:
     name = ("advertise", "share", "mask", "unmask")[step]

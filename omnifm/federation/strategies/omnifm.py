@@ -207,7 +207,7 @@ class OmniFM(Strategy):
         longest = bound(release.clip)
         sums = release.sums(added, place, len(centres), longest, "prototypes", job.round, job.client)
         found = step(sums, centres, release.clip, release.deviation(longest, len(added)), o.rho)
-        extra = {"prototypes/vectors": found.vectors, "prototypes/weight": found.weight}
+        extra = release.told({"prototypes/vectors": found.vectors, "prototypes/weight": found.weight})
         return Upload(extra), {_CENTRES: found.centres, _SENT: torch.tensor(sent + 1)}
 
     @staticmethod
