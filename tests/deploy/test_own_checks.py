@@ -64,7 +64,7 @@ class Attacked:
 
     def ask(self, kind: Kind, *, tensors: bool = False) -> tuple[str, Any]:
         shared = self.hospital._opened(self.header).site.initial_shared() if tensors else {}
-        request = Request(kind, 0, "scan-0", shared, settings={"epochs": 1, "steps": 1})
+        request = Request(kind, 0, "scan-0", shared, settings={"epochs": 1, "steps": 1, "split": "test"})
         answer = unpack(self.hospital.answer(pack(Call("answer", self.header, encode(request)))))
         return answer.kind, decode(answer.body) if answer.kind == "reply" else answer.header["message"]
 
