@@ -170,10 +170,13 @@ def _in_pool(work: Work, cells: Sequence[Cell], out: Path, jobs: int, lasting: b
 
 
 def finished(cell: Cell, out: Path, last: str) -> bool:
-    """Return whether `last`, the last file of a run of this very config, is in the cell's folder."""
+    """Return whether `last`, the last file of a run of this very config on these very cohorts, is in the cell's folder."""
+    from omnifm.run import other_cohort
+
     path = cell.folder(out) / last
     try:
-        return path.is_file() and read_json(path).get("config_hash") == digest(cell.config)
+        same = path.is_file() and read_json(path).get("config_hash") == digest(cell.config)
+        return same and not other_cohort(cell.config, path.parent)
     except CheckpointError:
         return False  # to be run like the unfinished ones, which makes it a line of the table that names the damaged file
 

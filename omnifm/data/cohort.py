@@ -1,10 +1,12 @@
 """A cohort: one site's or one public data set's examples for one task, as a folder with `cohort.toml` and `manifest.csv`."""
 
 import difflib
+import hashlib
+import json
 import os
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -140,6 +142,12 @@ class Cohort:
     def classes(self) -> tuple[str, ...]:
         """The class names; for segmentation the names of mask values 0, 1, 2, ...; empty for other tasks."""
         return self.spec.classes
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what a run makes of the two text files: rows, splits, classes, and how masks and volumes are read."""
+        spec = self.spec.model_dump(include={"name", "task", "classes", "mask_kind", "slice_axis"})
+        return hashlib.sha256(json.dumps([spec, [asdict(row) for row in self.rows]], sort_keys=True).encode()).hexdigest()
 
     def indices(self, split: str) -> list[int]:
         """Return the indices into `rows` of a split (`train`, `val` or `test`), in the manifest's order."""

@@ -9,6 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from omnifm.compare import Cell, Variant
+from omnifm.compare import finished as is_finished
+from omnifm.config import digest
 from omnifm.errors import CheckpointError, ConfigError
 from omnifm.run import execute
 from omnifm.seeds import numpy_generator
@@ -128,6 +131,28 @@ def test_a_config_that_cannot_be_built_leaves_the_folder_free(data: Path, tmp_pa
     with pytest.raises(ConfigError, match="the model cannot be built"):
         execute(bad, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("end", ["metrics.json", "checkpoint/last.json"])
+def test_a_cohort_of_the_same_name_that_is_another_is_told_of(data: Path, tmp_path: Path, finished: Finished, end: str) -> None:
+    """A config's hash has no paths: without a look at the rows, the finished run would pass for one on these cohorts."""
+    run = Path(shutil.copytree(finished("fedavg"), tmp_path / "run"))
+    if end != "metrics.json":
+        (run / "metrics.json").unlink()
+    for name in ("scan", "echo"):
+        shutil.copytree(data / name, tmp_path / "twin" / name)
+    twin = config(tmp_path / "twin", "fedavg")
+    assert digest(twin) == digest(config(data, "fedavg"))
+    if end == "metrics.json":
+        assert execute(twin, run, resume=True) == json.loads((run / end).read_text()), "the same rows elsewhere"
+    manifest = tmp_path / "twin" / "echo" / "manifest.csv"
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join([lines[0], *lines[2:], lines[1]]))
+    with pytest.raises(CheckpointError, match=r"split\.json: cohort .*twin/echo is not the one this run was started with"):
+        execute(twin, run, resume=True)
+    cell = Cell(Variant("fedavg"), 1.0, 0, twin)
+    shutil.copytree(run, cell.folder(tmp_path / "cells"))
+    assert not is_finished(cell, tmp_path / "cells", end)
 
 
 def test_cohorts_that_changed_are_not_resumed(data: Path, tmp_path: Path, finished: Finished) -> None:
