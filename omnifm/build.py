@@ -1,6 +1,7 @@
 """The composition root: from a `Config` to the objects of a run. One table per plug-in kind, NAME -> "module:Class"."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -32,6 +33,7 @@ from omnifm.federation.state import ClientInfo, Context, ServerState
 from omnifm.federation.store import ClientStore
 from omnifm.federation.strategy import Strategy, StrategyOptions
 from omnifm.tasks.base import Model, Task, TaskData, TaskOptions
+from omnifm.track.folder import read_json
 
 STRATEGIES = {
     "local": "omnifm.federation.strategies.local:Local",
@@ -155,6 +157,20 @@ def read_cohort(config: Config, folder: Path) -> Cohort:
     cohort = Cohort.read(folder, seed=config.seed)
     require_readable(config, cohort)
     return cohort
+
+
+def other_cohort(config: Config, out: Path) -> str:
+    """Return the first cohort of the config that is not what it was when the run in `out` began; empty: none is known to be.
+
+    A config's hash has no paths: another folder of the same name has the same. A cohort that is gone may have been right.
+    """
+    recorded = read_json(out / "split.json").get("cohorts", {}) if (out / "split.json").is_file() else {}
+    for entry in config.federation.cohorts if recorded else ():
+        with suppress(DataError):
+            cohort = read_cohort(config, Path(entry.path))
+            if recorded.get(cohort.name, cohort.fingerprint) != cohort.fingerprint:
+                return entry.path
+    return ""
 
 
 def require_readable(config: Config, cohort: Cohort) -> None:

@@ -171,7 +171,7 @@ def _in_pool(work: Work, cells: Sequence[Cell], out: Path, jobs: int, lasting: b
 
 def finished(cell: Cell, out: Path, last: str) -> bool:
     """Return whether `last`, the last file of a run of this very config on these very cohorts, is in the cell's folder."""
-    from omnifm.run import other_cohort
+    from omnifm.build import other_cohort
 
     path = cell.folder(out) / last
     try:

@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,7 +14,7 @@ from omnifm import build
 from omnifm.config import Config, digest, dump, load
 from omnifm.data.heterogeneity import gini, heterogeneity
 from omnifm.data.partition import plans_digest
-from omnifm.errors import CheckpointError, DataError
+from omnifm.errors import CheckpointError
 from omnifm.federation.client import Site
 from omnifm.federation.evaluation import Evaluation, Evaluator
 from omnifm.federation.private import statement
@@ -165,23 +164,9 @@ def require_usable(config: Config, out: Path, *, resume: bool, last: Sequence[st
         raise CheckpointError(f"{out}: already holds a run; continue it with --resume, or name another folder with --out")
     if digest(load(out / "config.toml")) != digest(config):
         raise CheckpointError(f"{out / 'config.toml'}: the run was started with another config; --resume needs the same one")
-    if other := other_cohort(config, out):
+    if other := build.other_cohort(config, out):
         raise CheckpointError(f"{out / 'split.json'}: cohort {other} is not the one this run was started with; {_ANEW}")
     return all((out / name).is_file() for name in last)
-
-
-def other_cohort(config: Config, out: Path) -> str:
-    """Return the first cohort of the config that is not what it was when the run in `out` began; empty: none is known to be.
-
-    A config's hash has no paths: another folder of the same name has the same. A cohort that is gone may have been right.
-    """
-    recorded = read_json(out / "split.json").get("cohorts", {}) if (out / "split.json").is_file() else {}
-    for entry in config.federation.cohorts if recorded else ():
-        with suppress(DataError):
-            cohort = build.read_cohort(config, Path(entry.path))
-            if recorded.get(cohort.name, cohort.fingerprint) != cohort.fingerprint:
-                return entry.path
-    return ""
 
 
 def _assemble(config: Config, out: Path, elsewhere: Elsewhere | None, watch: Watcher | None) -> _Parts:

@@ -6,7 +6,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -147,7 +147,7 @@ class Cohort:
     def fingerprint(self) -> str:
         """SHA-256 of what a run makes of the two text files: rows, splits, classes, and how masks and volumes are read."""
         spec = self.spec.model_dump(include={"name", "task", "classes", "mask_kind", "slice_axis"})
-        return hashlib.sha256(json.dumps([spec, [asdict(row) for row in self.rows]], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([spec, [vars(row) for row in self.rows]], sort_keys=True).encode()).hexdigest()
 
     def indices(self, split: str) -> list[int]:
         """Return the indices into `rows` of a split (`train`, `val` or `test`), in the manifest's order."""

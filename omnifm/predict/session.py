@@ -133,7 +133,7 @@ def open_run(folder: Path, client: str, *, best: bool = False) -> Session:
     clients = [plan.id for plan in data.plans]
     if client not in clients:
         raise ConfigError(f"--client {client}: not in this run; its clients are {', '.join(clients)}")
-    if read_json(folder / "split.json").get("sha256") != plans_digest(data.plans):
+    if read_json(folder / "split.json").get("sha256") != plans_digest(data.plans) or build.other_cohort(config, folder):
         raise CheckpointError(f"{folder / 'split.json'}: the cohorts are not those this run was trained on")
     server, record = checkpoint.load(name)
     site = build.make_site(config, checkpoint.clients, data)

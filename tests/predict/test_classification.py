@@ -203,6 +203,10 @@ def test_a_run_that_cannot_answer_is_one_line(omnifm: Command, finished: Finishe
     split = (run / "split.json").read_text()
     (run / "split.json").write_text(split.replace('"sha256": "', '"sha256": "0', 1))
     assert "split.json: the cohorts are not those this run was trained on" in omnifm("predict", run, *words).complaint
+    twin = json.loads(split)
+    twin["cohorts"]["scan"] = "0" * 64  # as many rows, of other classes: their names would be said of our images
+    (run / "split.json").write_text(json.dumps(twin))
+    assert "split.json: the cohorts are not those this run was trained on" in omnifm("predict", run, *words).complaint
     (run / "split.json").write_text(split)
     (run / "checkpoint/best.json").unlink()
     assert "run: has no checkpoint, no round was best on validation" in omnifm("predict", run, *words, "--best").complaint

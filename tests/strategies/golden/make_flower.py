@@ -1,6 +1,6 @@
 """Make flower.json: what Flower 1.41.0's own strategies make of some rounds of made-up replies.
 
-    python3 -m venv /tmp/flwr && /tmp/flwr/bin/pip install flwr==1.41.0 && /tmp/flwr/bin/python make_flower.py
+    python3 -m venv flwr-env && flwr-env/bin/pip install flwr==1.41.0 && flwr-env/bin/python make_flower.py
 
 Every strategy is called as Flower's loop calls it (`configure_train`, `aggregate_train`), a stand-in for the grid apart. Where
 Flower is another rule by design, it is set to the paper's here:
