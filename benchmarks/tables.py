@@ -2,6 +2,7 @@
 
     python benchmarks/tables.py classification [--jobs 2] [--only main20]
     python benchmarks/tables.py segmentation --markdown     # the table of docs/results/segmentation.md, nothing is run
+    python benchmarks/tables.py segmentation --against omnifm   # omnifm minus every other row, seed by seed, nothing is run
 
 Each finished cell is one line of benchmarks/results/TABLE.csv with commit, seed, config hash and machine, and each untrained
 reference one line per seed. A cell whose line is there (same config hash) is not run again, so the script can be stopped at any
@@ -20,6 +21,8 @@ from plans import ROOT, TABLES, Table
 
 from omnifm.compare import Cell, cell_row, reference_rows, run_cells
 from omnifm.config import digest
+from omnifm.errors import ConfigError
+from omnifm.report.statistics import Paired, compare, method_of, participations, score
 
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, str]
@@ -99,6 +102,48 @@ def markdown(rows: Sequence[Row], table: Table) -> str:
     return "\n".join(lines)
 
 
+def differences(rows: Sequence[Row], table: Table, reference: str) -> str:
+    """Return `reference` minus every other method as a Markdown table, one family of comparisons for each participation.
+
+    The personal main score, paired by seed: mean and 95 % Student interval, the single seeds, p of the paired t-test as it is and
+    Holm-adjusted over the family.
+
+    Raises:
+        ConfigError: no finished run is called `reference`.
+    """
+    metric = f"personal_{table.scores[0]}"
+    done = [row for row in rows if row["status"] == "ok"]
+    lines = [f"| {reference} minus | participation | difference | per seed | p | p, Holm |", "|---" * 6 + "|"]
+    for share in participations(done):
+        family = [row for row in done if float(row["participation"]) == share]
+        for result in compare(family, reference, metric, share):
+            cells = (result.b, f"{share:.0%}", _interval(result, table), _by_seed(family, result, table))
+            lines.append(f"| {' | '.join((*cells, _p(result.ttest), _p(result.ttest_holm)))} |")
+    return "\n".join(lines)
+
+
+def _interval(result: Paired, table: Table) -> str:
+    if result.difference is None:
+        return ""
+    text = f"{table.factor * result.difference:+.{table.digits}f}"
+    if result.student is None:
+        return text
+    return f"{text} ± {table.factor * (result.student[1] - result.difference):.{table.digits}f}"
+
+
+def _by_seed(rows: Sequence[Row], result: Paired, table: Table) -> str:
+    def scores(method: str) -> dict[str, float | None]:
+        return {row["seed"]: score(row, result.metric) for row in rows if method_of(row) == method}
+
+    own, other = scores(result.a), scores(result.b)
+    pairs = [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys(), key=int)]
+    return ", ".join(f"{table.factor * (a - b):+.{table.digits}f}" for a, b in pairs if a is not None and b is not None)
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
 def _spread(texts: Sequence[str], table: Table) -> str:
     values = [table.factor * float(text) for text in texts if text]
     if not values:
@@ -121,6 +166,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/TABLE.csv")
     parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/TABLE")
     parser.add_argument("--markdown", action="store_true", help="print the table, run nothing")
+    parser.add_argument("--against", metavar="METHOD", help="print METHOD (STRATEGY or STRATEGY:VARIANT) minus the others")
     arguments = parser.parse_args()
     table = TABLES[arguments.table]
     results: Path = arguments.results or RESULTS / f"{arguments.table}.csv"
@@ -129,6 +175,12 @@ def main() -> None:
         parser.error(f"--only {arguments.only}: the parts of {arguments.table} are {', '.join(table.parts)}")
     if arguments.markdown:
         print(markdown(read_results(results), table))
+        return
+    if arguments.against:
+        try:
+            print(differences(read_results(results), table, arguments.against))
+        except ConfigError as error:
+            parser.error(f"--against {arguments.against}: {error}")
         return
     results.parent.mkdir(parents=True, exist_ok=True)
     rows = read_results(results)

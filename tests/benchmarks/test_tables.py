@@ -77,6 +77,40 @@ def test_references_have_one_line_for_each_variant_and_seed(script: Script, tmp_
     assert rows[-1]["personal_accuracy"] == "0.25"
 
 
+def _row(strategy: str, seed: int, accuracy: float, status: str = "ok", participation: float = 0.2) -> dict[str, str]:
+    fixed = {"cell": f"{strategy}-s{seed}", "strategy": strategy, "variant": "", "participation": str(participation)}
+    return {**fixed, "seed": str(seed), "status": status, "personal_accuracy": str(accuracy)}
+
+
+def test_differences_are_paired_by_seed_within_a_participation(script: Script) -> None:
+    """Differences .1, .2, .3: mean .2, s = .1; half the interval is .1 * 4.303 / sqrt(3) = .248, and t = 3.464 has p = .0742."""
+    plans, tables = script("plans"), script("tables")
+    table = plans.Table({}, ("accuracy",))
+    rows = [_row("omnifm", seed, 0.7) for seed in (10, 2, 0)] + [_row("local", s, a) for s, a in ((0, 0.6), (2, 0.5), (10, 0.4))]
+    rows += [_row("ditto", 0, 0.75), _row("fedper", 1, 0.7), _row("gpfl", 0, 0.1, "NonFiniteError")]
+    rows += [
+        _row("majority", 0, 0.2, "reference"),
+        _row("omnifm", 0, 0.9, participation=1.0),
+        _row("local", 0, 0.4, participation=1.0),
+    ]
+    assert tables.differences(rows, table, "omnifm").splitlines()[2:] == [
+        "| local | 20% | +20.0 ± 24.8 | +10.0, +20.0, +30.0 | 0.074 | 0.074 |",
+        "| ditto | 20% | -5.0 | -5.0 |  |  |",
+        "| fedper | 20% |  |  |  |  |",
+        "| local | 100% | +50.0 | +50.0 |  |  |",
+    ]
+
+
+def test_differences_to_what_was_not_run_are_one_line(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    call("--only", "main")
+    capsys.readouterr()
+    call("--against", "fedavg")
+    assert "| local | 75% | " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        call("--against", "omnifm")
+    assert caught.value.code == 2 and "'omnifm' is not in the table; it has local, fedavg" in capsys.readouterr().err
+
+
 def test_own_federations_differ_from_the_mixed_one_in_their_cohorts_alone(script: Script) -> None:
     plans = script("plans")
     if not (plans.ROOT.parent / "shared" / "data").is_dir():
