@@ -22,7 +22,7 @@ from plans import ROOT, TABLES, Table
 from omnifm.compare import Cell, cell_row, reference_rows, run_cells
 from omnifm.config import digest
 from omnifm.errors import ConfigError
-from omnifm.report.statistics import Paired, compare, method_of, participations, score
+from omnifm.report.statistics import Paired, compare, methods, participations
 
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, str]
@@ -106,38 +106,34 @@ def differences(rows: Sequence[Row], table: Table, reference: str) -> str:
     """Return `reference` minus every other method as a Markdown table, one family of comparisons for each participation.
 
     The personal main score, paired by seed: mean and 95 % Student interval, the single seeds, p of the paired t-test as it is and
-    Holm-adjusted over the family.
+    Holm-adjusted over the family. What failed, or shares no seed with the reference, has a line without figures.
 
     Raises:
-        ConfigError: no finished run is called `reference`.
+        ConfigError: no row is called `reference`.
     """
-    metric = f"personal_{table.scores[0]}"
-    done = [row for row in rows if row["status"] == "ok"]
+    done = [row for row in rows if row["status"] != "reference"]
     lines = [f"| {reference} minus | participation | difference | per seed | p | p, Holm |", "|---" * 6 + "|"]
     for share in participations(done):
-        family = [row for row in done if float(row["participation"]) == share]
-        for result in compare(family, reference, metric, share):
-            cells = (result.b, f"{share:.0%}", _interval(result, table), _by_seed(family, result, table))
-            lines.append(f"| {' | '.join((*cells, _p(result.ttest), _p(result.ttest_holm)))} |")
+        there = methods([row for row in done if float(row["participation"]) == share])
+        for result in compare(done, reference, f"personal_{table.scores[0]}", share):
+            if result.b in there:
+                by_seed = [_signed(result.by_seed[seed], table) for seed in sorted(result.by_seed, key=int)]
+                cells = (result.b, f"{share:.0%}", _interval(result, table), ", ".join(by_seed))
+                lines.append(f"| {' | '.join((*cells, _p(result.ttest), _p(result.ttest_holm)))} |")
     return "\n".join(lines)
+
+
+def _signed(value: float, table: Table) -> str:
+    return f"{table.factor * value:+.{table.digits}f}"
 
 
 def _interval(result: Paired, table: Table) -> str:
     if result.difference is None:
         return ""
-    text = f"{table.factor * result.difference:+.{table.digits}f}"
+    text = _signed(result.difference, table)
     if result.student is None:
         return text
     return f"{text} ± {table.factor * (result.student[1] - result.difference):.{table.digits}f}"
-
-
-def _by_seed(rows: Sequence[Row], result: Paired, table: Table) -> str:
-    def scores(method: str) -> dict[str, float | None]:
-        return {row["seed"]: score(row, result.metric) for row in rows if method_of(row) == method}
-
-    own, other = scores(result.a), scores(result.b)
-    pairs = [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys(), key=int)]
-    return ", ".join(f"{table.factor * (a - b):+.{table.digits}f}" for a, b in pairs if a is not None and b is not None)
 
 
 def _p(value: float | None) -> str:
@@ -165,8 +161,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="one part of the table")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/TABLE.csv")
     parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/TABLE")
-    parser.add_argument("--markdown", action="store_true", help="print the table, run nothing")
-    parser.add_argument("--against", metavar="METHOD", help="print METHOD (STRATEGY or STRATEGY:VARIANT) minus the others")
+    printed = parser.add_mutually_exclusive_group()
+    printed.add_argument("--markdown", action="store_true", help="print the table, run nothing")
+    printed.add_argument("--against", metavar="METHOD", help="print METHOD (STRATEGY or STRATEGY:VARIANT) minus the others")
     arguments = parser.parse_args()
     table = TABLES[arguments.table]
     results: Path = arguments.results or RESULTS / f"{arguments.table}.csv"

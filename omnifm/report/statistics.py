@@ -44,9 +44,10 @@ class Summary:
 class Paired:
     """Method `a` minus method `b` on one metric.
 
-    `seeds` counts the seeds behind the mean and the intervals, `pairs` the (participation, seed) pairs behind the test;
-    `undefined` the pairs that both methods ran but one has no score for. `ttest` is the p of the paired t-test over the seeds;
-    `ttest_holm` and `holm` are adjusted, by `compare`. `note` says why a value is None.
+    `by_seed` has the difference of each seed, a mean where participations are pooled; `seeds` counts them, they are behind the
+    mean and the intervals. `pairs` counts the (participation, seed) pairs behind the rank test, `undefined` the pairs that both
+    methods ran but one has no score for. `ttest` is the p of the paired t-test over the seeds; `ttest_holm` and `holm` are
+    adjusted, by `compare`. `note` says why a value is None.
     """
 
     a: str
@@ -57,6 +58,7 @@ class Paired:
     pairs: int
     undefined: int
     difference: float | None
+    by_seed: Mapping[str, float]
     bootstrap: Interval | None
     student: Interval | None
     ttest: float | None
@@ -125,7 +127,8 @@ def paired(rows: Rows, a: str, b: str, metric: str, participation: float | None 
         if first is not None and second is not None:
             differences[key[1]].append(first - second)
     pairs = [d for group in differences.values() for d in group]
-    means = np.array([np.mean(group) for group in differences.values()])
+    by_seed = {seed: float(np.mean(group)) for seed, group in differences.items()}
+    means = np.array(list(by_seed.values()))
     return Paired(
         a=a,
         b=b,
@@ -135,6 +138,7 @@ def paired(rows: Rows, a: str, b: str, metric: str, participation: float | None 
         pairs=len(pairs),
         undefined=len(shared) - len(pairs),
         difference=float(means.mean()) if len(means) else None,
+        by_seed=by_seed,
         bootstrap=_bootstrap_interval(means, f"{a}|{b}|{metric}|{participation}"),
         student=_student_interval(means),
         ttest=_ttest(means),

@@ -87,16 +87,21 @@ def test_differences_are_paired_by_seed_within_a_participation(script: Script) -
     plans, tables = script("plans"), script("tables")
     table = plans.Table({}, ("accuracy",))
     rows = [_row("omnifm", seed, 0.7) for seed in (10, 2, 0)] + [_row("local", s, a) for s, a in ((0, 0.6), (2, 0.5), (10, 0.4))]
-    rows += [_row("ditto", 0, 0.75), _row("fedper", 1, 0.7), _row("gpfl", 0, 0.1, "NonFiniteError")]
+    rows += [_row("ditto", 0, 0.75), _row("fedper", 1, 0.7), {**_row("gpfl", 0, 0.0, "NonFiniteError"), "personal_accuracy": ""}]
     rows += [
         _row("majority", 0, 0.2, "reference"),
         _row("omnifm", 0, 0.9, participation=1.0),
         _row("local", 0, 0.4, participation=1.0),
+        _row("local", 0, 0.4, participation=0.5),
+        {**_row("scaffold", 10, 0.4), "variant": "tuned"},
     ]
     assert tables.differences(rows, table, "omnifm").splitlines()[2:] == [
         "| local | 20% | +20.0 ± 24.8 | +10.0, +20.0, +30.0 | 0.074 | 0.074 |",
         "| ditto | 20% | -5.0 | -5.0 |  |  |",
         "| fedper | 20% |  |  |  |  |",
+        "| gpfl | 20% |  |  |  |  |",
+        "| scaffold:tuned | 20% | +30.0 | +30.0 |  |  |",
+        "| local | 50% |  |  |  |  |",
         "| local | 100% | +50.0 | +50.0 |  |  |",
     ]
 

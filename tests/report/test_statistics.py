@@ -62,6 +62,7 @@ def test_only_seeds_that_both_methods_have_count() -> None:
     rows = rows_of({"a": by_seed([0.9, 0.5, None]), "b": {(0.2, 1): 0.1, (0.2, 2): 0.1, (1.0, 0): 0.0}})
     found = statistics.paired(rows, "a", "b", METRIC)
     assert (found.seeds, found.pairs, found.undefined) == (1, 1, 1)
+    assert found.by_seed == {"1": pytest.approx(0.4)}
     assert found.difference == pytest.approx(0.4)
     assert found.student is None and found.bootstrap is None
     assert "one seed" in found.note
@@ -83,6 +84,7 @@ def test_pooled_interval_has_one_value_per_seed() -> None:
     found = statistics.paired(rows_of({"a": a, "b": b}), "a", "b", METRIC)
     expected = ttest_1samp([0.2, 0.4], 0.0).confidence_interval(0.95)
     assert (found.seeds, found.pairs) == (2, 4)
+    assert found.by_seed == {"0": pytest.approx(0.2), "1": pytest.approx(0.4)}
     assert found.student == pytest.approx((expected.low, expected.high))
 
 
