@@ -80,30 +80,17 @@ def _tuned(name: str) -> Callable[[], list[Variant]]:
     return lambda: read_variants(CONFIGS / f"{name}_tuned.toml")
 
 
-def _beside_fedavg(name: str) -> Callable[[], list[Variant]]:
-    """Return FedAvg as tuned with what some strategies have besides their rule: all clients of one weight, and BatchNorm."""
+_BESIDES = {"equal": "federation.weighting='equal'", "batch": "model.norm='batch'"}
+
+
+def _beside_fedavg(name: str, *besides: str) -> Callable[[], list[Variant]]:
+    """Return FedAvg as tuned with what some strategies have besides their rule: all clients of one weight, or BatchNorm."""
 
     def variants() -> list[Variant]:
         fedavg = next(v for v in _tuned(name)() if v.strategy == "fedavg")
-        besides = {"equal": "federation.weighting='equal'", "batch": "model.norm='batch'"}
-        return [Variant("fedavg", beside, (*fedavg.overrides, change)) for beside, change in besides.items()]
+        return [Variant("fedavg", beside, (*fedavg.overrides, _BESIDES[beside])) for beside in besides]
 
     return variants
-
-
-# A length in the space of weights that was right for one optimiser and so many steps says nothing of another's.
-_LENGTHS = ("strategies.fedadam.server_step=", "strategies.fedyogi.server_step=", "strategies.clipped_mean.bound=")
-
-
-def _carried(name: str, *undefined: str) -> Callable[[], list[Variant]]:
-    """Return the options that `omnifm tune` chose for strategies on one task, for a task with an optimiser of its own."""
-
-    def kept(change: str) -> bool:
-        return change.startswith(("strategies.", "model.norm=")) and not change.startswith(_LENGTHS)
-
-    return lambda: [
-        Variant(v.strategy, "carried", tuple(filter(kept, v.overrides))) for v in _tuned(name)() if v.strategy not in undefined
-    ]
 
 
 def _compressed() -> list[Variant]:
@@ -119,6 +106,10 @@ def _compressed() -> list[Variant]:
     return [Variant(strategy, name, own) for name, own in changes.items() for strategy in ("fedavg", "omnifm")]
 
 
+_SEGMENTATION = {  # images as small as those of the searches; 90 and 180 visits to twelve clients
+    "20": (0.2, ("federation.rounds=30", "federation.evaluate_every=30")),
+    "100": (1.0, ("federation.rounds=15", "federation.evaluate_every=15")),
+}
 _CLASSIFICATION = ("local", "centralised", "fedavg", "fedprox", "fedper", "omnifm")
 TABLES = {
     "classification": Table(
@@ -132,9 +123,9 @@ TABLES = {
     "classification_all": Table(
         {
             "p20": Part(_named("classification"), _tuned("classification"), 0.2),
-            "beside20": Part(_named("classification"), _beside_fedavg("classification"), 0.2),
+            "beside20": Part(_named("classification"), _beside_fedavg("classification", *_BESIDES), 0.2),
             "p100": Part(_named("classification"), _tuned("classification"), 1.0),
-            "beside100": Part(_named("classification"), _beside_fedavg("classification"), 1.0),
+            "beside100": Part(_named("classification"), _beside_fedavg("classification", *_BESIDES), 1.0),
         },
         ("accuracy",),
     ),
@@ -153,11 +144,9 @@ TABLES = {
     ),
     "segmentation_all": Table(
         {
-            "main": Part(
-                _named("segmentation"),
-                _carried("classification", "fedproto"),  # FedProto's prototypes are of numbered classes
-                changes=("data.image_size=64", "federation.rounds=15", "federation.evaluate_every=15", "engine.precision='fp32'"),
-            ),
+            f"{name}{level}": Part(_named("segmentation"), variants, *settings)
+            for level, settings in _SEGMENTATION.items()
+            for name, variants in (("p", _tuned("segmentation")), ("beside", _beside_fedavg("segmentation", "batch")))
         },
         ("dice", "hd95", "missed"),
         digits=3,
