@@ -16,12 +16,6 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Return how many processes `-n auto` starts: one more than cores, as tests of a deployment mostly wait."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores + 1
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Give torch one thread: sums keep their order, and the worker processes of pytest do not fight for cores."""
