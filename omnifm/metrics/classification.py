@@ -83,8 +83,11 @@ class ClassificationMetric(Metric):
 def _areas(probability: npt.NDArray[np.float64], label: npt.NDArray[np.int64]) -> list[float]:
     from sklearn.metrics import roc_auc_score
 
-    defined = [c for c in range(probability.shape[1]) if 0 < (label == c).sum() < len(label)]
-    return [float(roc_auc_score(label == c, probability[:, c])) for c in defined]
+    truth = label[:, None] == np.arange(probability.shape[1])
+    defined = truth.any(axis=0) & ~truth.all(axis=0)
+    if not defined.any():  # where one class is defined, so is another
+        return []
+    return [float(area) for area in roc_auc_score(truth[:, defined], probability[:, defined], average=None)]
 
 
 def _f1(predicted: npt.NDArray[np.int64], label: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.float64]:
