@@ -106,9 +106,9 @@ def _compressed() -> list[Variant]:
     return [Variant(strategy, name, own) for name, own in changes.items() for strategy in ("fedavg", "omnifm")]
 
 
-_SEGMENTATION = {  # images as small as those of the searches; 90 and 180 visits to twelve clients
+_SEGMENTATION = {  # images as small as those of the searches; 7.5 and 10 visits to each of twelve clients
     "20": (0.2, ("federation.rounds=30", "federation.evaluate_every=30")),
-    "100": (1.0, ("federation.rounds=15", "federation.evaluate_every=15")),
+    "100": (1.0, ("federation.rounds=10", "federation.evaluate_every=10")),
 }
 _CLASSIFICATION = ("local", "centralised", "fedavg", "fedprox", "fedper", "omnifm")
 TABLES = {
