@@ -113,7 +113,9 @@ def _end_well() -> None:
     """Let a request to end (systemd's, a container's) do what Ctrl-C does."""
     import signal
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from omnifm.cli.interrupts import note
+
+    signal.signal(signal.SIGTERM, note)
 
 
 def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that is or was served.")]) -> None:

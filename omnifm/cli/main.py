@@ -6,6 +6,7 @@ import sys
 import typer
 
 from omnifm import __version__
+from omnifm.cli.interrupts import noting
 from omnifm.errors import OmnifmError
 
 # Libraries below us that would phone home or warn about it: switched off for this process and its children.
@@ -13,6 +14,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C, and shells expect
+_LAST_WORDS = "omnifm: interrupted; what is finished is on disk (continue with --resume)"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -53,24 +55,36 @@ def _register() -> None:
     app.add_typer(data_app, name="data")
 
 
-def main() -> None:
-    """Run the command; a mistake of the user's is one line on stderr and exit code 1."""
-    _register()
-    try:
-        app()
-    except OmnifmError as error:
-        # Text from files (a cell of a manifest) may hold line breaks.
-        typer.echo(f"omnifm: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
-    except OSError as error:
+def _line(error: Exception) -> str | None:
+    """Return what there is to say of a mistake of the user's, None for one of ours."""
+    if isinstance(error, OmnifmError):
+        return " ".join(str(error).split())  # text from files (a cell of a manifest) may hold line breaks
+    if isinstance(error, OSError):
         # A disk that is full, a folder that may not be read: nothing that a traceback would help with.
         place = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"omnifm: {place}{error.strerror or error}", err=True)
-        sys.exit(1)
-    except SystemExit as end:
-        if end.code == _INTERRUPTED:
-            typer.echo("omnifm: interrupted; what is finished is on disk (continue with --resume)", err=True)
-        raise
+        return f"{place}{error.strerror or error}"
+    return None
+
+
+def main() -> None:
+    """Run the command; a mistake of the user's is one line on stderr and exit code 1, Ctrl-C one line and 130."""
+    _register()
+    with noting() as interrupts:
+        try:
+            app()
+        except SystemExit as end:
+            if end.code == _INTERRUPTED:
+                typer.echo(_LAST_WORDS, err=True)
+            raise
+        except Exception as error:
+            if interrupts:
+                typer.echo(_LAST_WORDS, err=True)
+                sys.exit(_INTERRUPTED)
+            line = _line(error)
+            if line is None:
+                raise
+            typer.echo(f"omnifm: {line}", err=True)
+            sys.exit(1)
 
 
 if __name__ == "__main__":
