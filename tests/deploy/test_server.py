@@ -20,6 +20,7 @@ from omnifm.data.words import Discretion
 from omnifm.deploy.board import STATUS_FILE
 from omnifm.deploy.data import public
 from omnifm.deploy.hospital import Hospital
+from omnifm.deploy.policy import Policy
 from omnifm.deploy.server import Job, is_locked, locked, main, read_job, serve_job
 from omnifm.deploy.status import read_status
 from omnifm.engines.calls import Call, pack, unpack
@@ -198,6 +199,35 @@ def test_a_round_without_a_client_says_who_was_missing(data: Path, tmp_path: Pat
     assert [e["missing"] for e in rounds] == [["echo-1"]] * 3
     metrics = json.loads((tmp_path / "apart" / "metrics.json").read_text())
     assert [c["test"]["personal"] is None for c in metrics["clients"]] == [False, False, False, True]
+
+
+def test_a_run_goes_on_without_the_scores_of_a_hospital_that_tells_none(data: Path, tmp_path: Path) -> None:
+    """It trains, and what it has trained counts as in a run that it is scored in."""
+    config = jobs.config(data, "fedavg", federation={"rounds": 2, "participation": 1.0, "min_replies": 3, "deadline": 0.2})
+    post = Post(open_bays(data, tmp_path / "hospitals", CLIENTS))
+    post.bays["echo-1"].hospital = quiet(data, tmp_path / "quiet")
+    serve(config, post, tmp_path / "apart")
+    serve(config, Post(open_bays(data, tmp_path / "others", CLIENTS)), tmp_path / "told")
+    clients = json.loads((tmp_path / "apart" / "metrics.json").read_text())["clients"]
+    assert [c["test"]["personal"] is None for c in clients] == [False, False, False, True]
+    events = jobs.lines(tmp_path / "apart" / "events.jsonl")
+    assert ["missing" in e for e in events if e["event"] == "round"] == [False, False]
+    assert [e["client"] for e in events if e["event"] == "client"] == sorted(CLIENTS) * 2
+    apart, told = (jobs.contents(tmp_path / n / "checkpoint" / "server-000002.safetensors") for n in ("apart", "told"))
+    assert apart == told
+
+
+def test_a_run_that_needs_those_scores_ends_with_a_line_that_names_the_hospital(data: Path, tmp_path: Path) -> None:
+    config = jobs.config(data, "fedavg", federation={"rounds": 1, "participation": 1.0})
+    post = Post(open_bays(data, tmp_path / "hospitals", CLIENTS))
+    post.bays["echo-1"].hospital = quiet(data, tmp_path / "quiet")
+    with pytest.raises(FederationError, match=r"client echo-1: refused by .* policy: an evaluation, whose scores"):
+        serve(config, post, tmp_path / "apart")
+
+
+def quiet(data: Path, folder: Path) -> Hospital:
+    """Return echo-1 with a policy that lets no score leave."""
+    return Hospital(data / "echo", "echo-1", folder, str(data / "cache"), policy=Policy(allow_scores=False))
 
 
 def test_a_server_started_again_needs_nobody_who_is_away_if_enough_are_there(
