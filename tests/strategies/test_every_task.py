@@ -55,7 +55,7 @@ def test_every_task_is_trained_and_scored(
     monkeypatch.setattr("omnifm.tasks.vqa_models.minilm_words", fake_words)
     config = raw(make_cohorts(tmp_path_factory), strategy, *COHORTS)
     config["data"]["channels"] = 1
-    config["federation"] |= {"rounds": 2, "evaluate_every": 2}
+    config["federation"]["rounds"] = 2
     config.setdefault("strategies", {})[strategy] = options
     config["tasks"]["mixed"]["set"] = {"vqa": {"tasks.vqa.compact.layers": 1}}
     metrics = run.execute(parse(config), tmp_path / "out")
