@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 from torch.nn.utils import skip_init
 
+from omnifm.backbones.monai_parts import monai_part
 from omnifm.backbones.norms import replace_batch_norms
 
 _BLOCK = 8
@@ -50,10 +51,8 @@ class ResNet18Trunk(nn.Module):
 
     def __init__(self, channels: int, width: int, stem_stride: int, norm: str) -> None:
         super().__init__()
-        from monai.networks.nets.resnet import ResNet
-
         planes = [width, 2 * width, 4 * width, 8 * width]
-        net = ResNet(
+        net = monai_part("monai.networks.nets.resnet").ResNet(
             "basic",
             [2, 2, 2, 2],
             planes,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from omnifm.backbones.monai_parts import monai_part
 from omnifm.backbones.norms import replace_batch_norms
 
 _ACT = ("LeakyReLU", {"negative_slope": 0.1, "inplace": True})
@@ -25,11 +26,12 @@ class UNetEncoder(nn.Module):
 
     def __init__(self, channels: int, width: int, norm: str) -> None:
         super().__init__()
-        from monai.networks.nets.basic_unet import Down, TwoConv
-
+        parts = monai_part("monai.networks.nets.basic_unet")
         self.token_dim = width * 2**STEPS
-        self.first = TwoConv(2, channels, width, _ACT, "batch", bias=True)
-        self.downs = nn.ModuleList(Down(2, width * 2**k, width * 2 ** (k + 1), _ACT, "batch", bias=True) for k in range(STEPS))
+        self.first = parts.TwoConv(2, channels, width, _ACT, "batch", bias=True)
+        self.downs = nn.ModuleList(
+            parts.Down(2, width * 2**k, width * 2 ** (k + 1), _ACT, "batch", bias=True) for k in range(STEPS)
+        )
         if norm == "group":
             replace_batch_norms(self)
 
@@ -52,10 +54,10 @@ class UNetDecoder(nn.Module):
 
     def __init__(self, width: int, outputs: int, norm: str) -> None:
         super().__init__()
-        from monai.networks.nets.basic_unet import UpCat
+        parts = monai_part("monai.networks.nets.basic_unet")
 
         def up(k: int) -> nn.Module:
-            stage: nn.Module = UpCat(2, width * 2 ** (k + 1), width * 2**k, width * 2**k, _ACT, "batch", bias=True)
+            stage: nn.Module = parts.UpCat(2, width * 2 ** (k + 1), width * 2**k, width * 2**k, _ACT, "batch", bias=True)
             return stage
 
         self.ups = nn.ModuleList(up(k) for k in reversed(range(1, STEPS)))

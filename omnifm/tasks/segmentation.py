@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from omnifm.backbones.maps import add_back, to_tokens
+from omnifm.backbones.monai_parts import monai_part
 from omnifm.backbones.unet import STEPS, UNetDecoder, UNetEncoder
 from omnifm.config import Real
 from omnifm.data.cache import CachedImages, load_images, to_slices
@@ -238,11 +239,10 @@ class Segmentation(Task):
 
     @staticmethod
     def _dice_loss(prediction: Tensor, batch: Batch) -> Tensor:
-        from monai.losses.dice import DiceLoss
-
-        terms = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, reduction="none")(
-            prediction, batch.target[:, None]
+        dice = monai_part("monai.losses.dice").DiceLoss(
+            include_background=False, to_onehot_y=True, softmax=True, reduction="none"
         )
+        terms = dice(prediction, batch.target[:, None])
         own = batch.side["allowed"][:, 1:].to(terms.dtype)
         mean: Tensor = (terms.flatten(2).mean(2) * own).sum() / own.sum()
         return mean
