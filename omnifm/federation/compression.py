@@ -250,7 +250,5 @@ def check_compression(config: Config, strategy: Strategy, shared: Mapping[str, T
             f"{key}: a client of strategy {config.strategy} remembers its whole change, and the server would add up what 'topk' "
             "leaves of it; set compression.error_feedback = true"
         )
-    if chosen.error_feedback and strategy.leaves_out:
-        raise ConfigError(
-            f"{key}: strategy {config.strategy} leaves out a part of what a client sends; set compression.error_feedback = false"
-        )
+    if chosen.error_feedback and (act := strategy.outdates()):
+        raise ConfigError(f"{key}: strategy {config.strategy} {act}; set compression.error_feedback = false")

@@ -81,8 +81,6 @@ class Strategy:
     inherited from FedAvg: a subclass may look at more."""
     compares_numbers: ClassVar[bool] = False
     """True: the server compares clients number by number, by sign or rank; numbers left as they were would mislead it."""
-    leaves_out: ClassVar[bool] = False
-    """True: of the tensors of a reply that counts, the server may leave some out."""
     remembers_change: ClassVar[bool] = False
     """True: client and server each add up the client's changes, and the sums must stay equal."""
     by_example: ClassVar[frozenset[str]] = frozenset()
@@ -174,6 +172,10 @@ class Strategy:
     def unfit(self, *, by_example: bool) -> str:
         """Return which option cannot be had with a budget for spectra, or with gradients of single examples; empty: none."""
         del by_example
+        return ""
+
+    def outdates(self) -> str:
+        """Return what the server does that makes no sense of what a client held back (error feedback); empty: nothing."""
         return ""
 
     def described(self, server: ServerState, replies: Mapping[str, Reply]) -> None:

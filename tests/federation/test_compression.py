@@ -254,6 +254,7 @@ def test_numbers_that_are_none_pass_on_to_the_guard(place: str) -> None:
 
 # ---------------------------------------------------------------------- what cannot have it
 PRIVATE = {"privacy__clip": 0.5, "federation__weighting": "equal"}
+EXACT = {"strategies__lora__average": "exact"}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("fedavg", {**settings("int8"), "privacy__secure_aggregation": True}, "privacy.secure_aggregation adds up masked numbers"),
     ("fedavg", {**settings("int8", error_feedback=False), **PRIVATE}, "would be longer than privacy.clip again"),
@@ -266,7 +267,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("trimmed_mean", settings("topk"), "strategy trimmed_mean judges clients number by number"),
     ("fedgma", settings("topk"), "strategy fedgma judges clients number by number"),
     ("and_mask", settings("topk"), "strategy and_mask judges clients number by number"),
-    ("f3ocus", settings("int8"), "set compression.error_feedback = false"),
+    ("f3ocus", settings("int8"), "leaves out a part of what a client sends; set compression.error_feedback = false"),
+    ("lora", {**settings("topk"), **EXACT}, "factorises the mean anew .*; set compression.error_feedback = false"),
+    ("lora", {**settings("bf16"), **EXACT}, "factorises the mean anew .*; set compression.error_feedback = false"),
 ]
 
 

@@ -70,6 +70,13 @@ def test_norms_that_a_task_keeps_still_stay_so(tmp_path: Path) -> None:
     assert int(norm.num_batches_tracked or 0) == 0
 
 
+@pytest.mark.parametrize(("still", "moves"), [("head", "backbone"), ("backbone", "head")])
+def test_where_a_task_lets_one_part_stand_still_the_other_trains_all_the_time(still: str, moves: str, tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, "fedrep", hospitals=ONE, federation__local_epochs=5, federation__rounds=1)
+    getattr(lab.site.model, still).requires_grad_(False)
+    assert steps_of(lab) == [moves] * 15
+
+
 def cut(folder: Path, share: float, effort: Effort, examples: int = 20) -> tuple[Any, ...] | None:
     found = FedRep(FedRepOptions(head_share=share), make_lab(folder).strategy.context)._cut(effort, examples)
     return found and tuple((e.epochs, e.budget, e.steps) for e in found)

@@ -69,12 +69,15 @@ class F3OCUS(Strategy):
     )
     Options: ClassVar[type[StrategyOptions]] = F3OCUSOptions
     predicts_with_extra: ClassVar[bool] = False
-    leaves_out: ClassVar[bool] = True
     options: F3OCUSOptions
 
     def setup(self, model: Model) -> None:
         """Freeze the backbone and give every layer a change."""
         add_changes(model, self.options.rank, self.options.alpha)
+
+    def outdates(self) -> str:
+        """What a client held back of a layer that is not its to train would be lost."""
+        return "leaves out a part of what a client sends"
 
     # ------------------------------------------------------------------ the client
     def phases(self, job: LocalJob, effort: Effort) -> Sequence[Phase]:

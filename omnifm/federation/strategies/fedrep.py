@@ -12,7 +12,8 @@ private  the head, or the last layers that the task calls its own          traff
 The effort is that of every other strategy, cut in two: `head_share` of the local epochs for the head, rounded, each part at least
 one. .8 makes 4 + 1 of five; as published for CIFAR-10, 10 + 1 of eleven, it would be .9. Local steps are cut likewise. A single
 epoch is cut by examples: the head sees `head_share` of as many as the client has, the backbone the others, each drawn anew. Of
-one step, or of fewer than four examples, nothing can be cut, and both parts train together, as in FedPer.
+one step, or of fewer than four examples, nothing can be cut, and both parts train together, as in FedPer. So it is where a task
+lets one of the two stand still (a frozen backbone, a tuning in two stages).
 
 There is no global model. A client that was never sampled has the head it started with.
 """
@@ -53,10 +54,11 @@ class FedRep(Strategy):
     def phases(self, job: LocalJob, effort: Effort) -> Sequence[Phase]:
         """Head, then backbone."""
         cut = self._cut(effort, len(job.data.train))
-        if cut is None:
-            return (Phase(effort),)
         head = self.private(job.model)
         body = frozenset(name for name, _ in job.model.named_parameters()) - head
+        trained = {name for name, parameter in job.model.named_parameters() if parameter.requires_grad}
+        if cut is None or not (trained & head and trained & body):
+            return (Phase(effort),)
         return tuple(
             Phase(part, names, partial(self._still, job.model, names is head))
             for part, names in zip(cut, (head, body), strict=True)

@@ -70,6 +70,10 @@ class LoRA(Strategy):
         """An adapted weight is computed anew from its factors, and Opacus finds no gradients of single examples through that."""
         return "its low-rank factors" if by_example else ""
 
+    def outdates(self) -> str:
+        """In `exact` A and B of the next round are other axes than those along which a client held something back."""
+        return "factorises the mean anew (average = 'exact')" if self.options.average == "exact" else ""
+
     def setup(self, model: Model) -> None:
         """Freeze the backbone and give every layer a change."""
         for change in add_changes(model, self.options.rank, self.options.alpha):

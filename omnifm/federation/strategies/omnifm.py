@@ -98,7 +98,7 @@ class OmniFM(Strategy):
     card: ClassVar[Card] = Card(
         paper="Liu et al., CVPR 2026",
         private="suffix; head and block with preset best",
-        up="prototypes, retrieval counts",
+        up="prototypes, retrieval counts, and once a mean spectrum with preset best",
         down="the bank",
         server="the bank",
         search={"lam": (0.01, 0.1), "neighbourhood_alone": ("global", "own")},

@@ -9,7 +9,8 @@ clients take part, of the N that hold a tensor. All control variates start from 
 For plain SGD the two forms of option II are the same number. The right one is computed here, over the K_i steps that were
 taken: it is a mean gradient under momentum, AdamW and clipping as well, where theta^t - y_i is not K_i eta_l times one (after 100
 steps with momentum .9 it is 9 times that). Weight decay is left to the optimiser: it is the same pull at all clients. c - c_i is
-added to the gradient, before clipping; with AdamW it is rescaled like any other gradient.
+added to the gradient, before clipping; with AdamW it is rescaled like any other gradient. So where a client's loss has none
+at all (segmentation's output of a class that its cohort does not have), AdamW takes a full step along c, however small c is.
 
 private  c_i, as much as the model          traffic  the model and c down, the model and c_i^+ - c_i up: twice FedAvg's
 server   c
