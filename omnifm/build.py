@@ -153,8 +153,11 @@ def cache_folder(config: Config) -> Path:
 
 
 def read_cohort(config: Config, folder: Path) -> Cohort:
-    """Read a cohort's text files. Raises DataError if one has a problem, or the run's task cannot train on it."""
-    cohort = Cohort.read(folder, seed=config.seed)
+    """Read a cohort's text files. Raises DataError if one has a problem, or the run's task cannot train on it.
+
+    Splits that the manifest leaves open are the same for every seed: what one run is chosen by is no other run's test.
+    """
+    cohort = Cohort.read(folder)
     require_readable(config, cohort)
     return cohort
 

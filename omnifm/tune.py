@@ -44,7 +44,8 @@ class Trial:
 
 
 def grid(name: str, config: Config) -> list[tuple[str, ...]]:
-    """Return the `SIZE` configurations of a strategy, each as the overrides that make it. The config's own values come first.
+    """Return the `SIZE` configurations of a strategy, each as the overrides that make it. The config's own learning rate,
+    weight decay and schedule come first; options of the strategy come as its card names them.
 
     Raises:
         ConfigError: the strategy is unknown.
@@ -127,7 +128,9 @@ def _trials(cells: Sequence[Cell], status: Mapping[str, str], out: Path) -> list
     trials = []
     for cell in (cell for cell in cells if cell.name in status):
         found = read_json(cell.folder(out) / VALIDATION) if status[cell.name] == "ok" else None
-        score = found["personal"][found["primary"]] if found else None
+        score = found["personal"].get(found["primary"]) if found else None
+        if found and score is None:
+            status = {**status, cell.name: "no client has a row of the validation split to choose by"}
         seconds, where = (found["seconds"], read_json(cell.folder(out) / "environment.json")) if found else (None, None)
         trials.append(Trial(cell, status[cell.name], score, seconds, where))
     return trials

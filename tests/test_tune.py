@@ -10,7 +10,7 @@ import pytest
 
 import omnifm.run
 import omnifm.tune
-from omnifm.build import STRATEGIES
+from omnifm.build import STRATEGIES, read_cohort
 from omnifm.compare import Cell, plan_cells, read_variants
 from omnifm.config import load, parse
 from omnifm.errors import ConfigError, FederationError
@@ -77,6 +77,27 @@ def test_trials_are_chosen_by_validation_and_no_test_image_is_seen(
         machine = json.loads((folder / "environment.json").read_text())
         assert (chosen[0]["commit"], chosen[0]["machine"]) == (machine["commit"], machine["machine"])
         assert not (folder / "checkpoint").exists() and not (folder / "metrics.json").exists()
+
+
+def test_without_a_validation_row_there_is_nothing_to_choose_by(tmp_path: Path) -> None:
+    for name, modality in jobs.MODALITIES.items():
+        jobs.write_images(tmp_path / name, name, modality, {"train": 24, "test": 4})
+    path = jobs.write_toml(tmp_path / "job.toml", jobs.raw_config(tmp_path, "fedavg", federation={"rounds": 1}))
+    (trial,) = tune(plan(path, ["fedavg"], 5, [])[:1], tmp_path / "t")
+    assert (trial.score, trial.status) == (None, "no client has a row of the validation split to choose by")
+    assert best([trial]) == {} and rows(tmp_path / "t")[0]["status"] == trial.status
+
+
+def test_what_a_search_chooses_by_is_tested_by_no_comparison(tmp_path: Path) -> None:
+    """Splits that the manifest leaves open are the same for the seed of a search and for those of a comparison."""
+    folder = jobs.write_images(tmp_path / "scan", "scan", "MRI", {"train": 40})
+    manifest = folder / "manifest.csv"
+    manifest.write_text(manifest.read_text().replace(",train,", ",,"))
+    jobs.write_images(tmp_path / "echo", "echo", "US")
+    splits = [
+        {row.id: row.split for row in read_cohort(jobs.config(tmp_path, seed=seed), folder).rows} for seed in (100, 0, 1, 2)
+    ]
+    assert all(found == splits[0] for found in splits) and set(splits[0].values()) == {"train", "val", "test"}
 
 
 def test_what_was_chosen_can_be_compared(job: Path, tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from omnifm.cli.run import Config, Set, say_what_is_slow
 if TYPE_CHECKING:
     from omnifm.tune import Trial
 
-Seed = Annotated[int, typer.Option(min=0, help="Not one of the seeds that are compared later: it also draws the splits.")]
+Seed = Annotated[
+    int, typer.Option(min=0, help="Not one of the seeds that are compared later: it draws clients, weights and order.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the search.")]
 
 
@@ -50,7 +52,7 @@ def tune(
 
 
 def _print_best(trials: "Sequence[Trial]") -> None:
-    """Print, by strategy, the best configuration, its score, and that of the first, which is the config's own."""
+    """Print, by strategy, the best configuration, its score, and that of the first."""
     from rich.console import Console
     from rich.table import Table
 
