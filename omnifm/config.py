@@ -103,7 +103,9 @@ class ModelConfig(Section):
     )
     norm: Literal["group", "batch"] = Field("group", description="Normalisation layers.")
     buffers: Literal["average", "local", "drop"] = Field(
-        "average", description="Running statistics of BatchNorm: averaged, kept by each client, or reset each round."
+        "average",
+        description="Running statistics of BatchNorm: averaged, kept by each client, or reset each round and taken from the "
+        "client's training images before it is scored.",
     )
     weights: str = Field("", description="'' from scratch; 'imagenet' (efficientnet_lite0); or a safetensors file.")
 

@@ -173,7 +173,7 @@ class Site:
             upload = self.strategy.finish(job)
         tensors: Mapping[str, Tensor] = sharing.read(self.model, self._of(request.client, self.sharing.shared))
         if self.strategy.tolerates_nonfinite:
-            _require_finite(tensors, request, "a tensor is not finite after training")
+            sharing.require_finite(tensors, request.label, "a tensor is not finite after training")
         if self._config.privacy.clip:
             tensors = shortened(tensors, request.tensors, self._config.privacy.clip)
         tensors, held_back = self._compression.compress(tensors, request.tensors, residual)
@@ -205,8 +205,9 @@ class Site:
                     if not self.strategy.tolerates_nonfinite:
                         raise
                     return self._reply(request, len(job.data.train))  # no state of the metric: no score
+        self._settle(job)
         states = self._score(request.client, job.data.split(settings["split"]), partial(self._predict, job))
-        _require_finite(states, request, "a prediction is not finite")
+        sharing.require_finite(states, request.label, "a prediction is not finite")
         return self._reply(request, len(job.data.train), extra=states)
 
     # ------------------------------------------------------------------ state
@@ -239,7 +240,7 @@ class Site:
         private |= {STATE + name: tensor for name, tensor in job.state.items()}
         private |= {RESIDUAL + name: tensor for name, tensor in residual.items()}
         if private:
-            _require_finite(private, request, "a private tensor is not finite after training (lower optimiser.lr?)")
+            sharing.require_finite(private, request.label, "a private tensor is not finite after training (lower optimiser.lr?)")
             asked = request.settings
             self._store.save(request.client, request.round, private, asked.get("keep", ()), asked.get("void", ()))
 
@@ -361,10 +362,16 @@ class Site:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._config.device.type, torch.bfloat16, enabled=self._config.engine.precision == "bf16")
 
+    def _settle(self, job: LocalJob) -> None:
+        """Make the model ready to predict."""
+        train, size = job.data.train, 4 * self._config.optimiser.batch_size
+        some = (index for index in torch.arange(len(train)).split(size) if len(index) > 1)
+        passes = (partial(self._predict, job, train.batch(index)) for index in some)
+        sharing.settle(self.model, self.sharing.dropped, job.client, passes)
+
     @torch.no_grad()
     def _predict(self, job: LocalJob, batch: Batch) -> Tensor:
         """Return the model's predictions for a batch, on the CPU."""
-        self.model.eval()
         batch = self.strategy.prepare(job, batch.to(self._config.device, self._format))
         with self._autocast():
             prediction = self.task.predict(self.model, batch)
@@ -382,15 +389,10 @@ class Site:
         """Make the model the client's; return what predicts with it, until the next request."""
         job = self._job(request, self._install(request)[0], training=False)
         self.strategy.begin(job)
+        self._settle(job)
         return partial(self._predict, job)
 
     def predict(self, request: Request, index: Tensor) -> tuple[Tensor, Batch]:
         """Return a client's predictions for test examples `index`, for pictures."""
         batch = self._data(request.client).test.batch(index)
         return self.predictor(request)(batch), batch
-
-
-def _require_finite(tensors: Mapping[str, Tensor], request: Request, complaint: str) -> None:
-    """Raise NotFiniteError if a value is not: what stays at the client or becomes a score is seen by no later check."""
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise NotFiniteError(f"client {request.client}, round {request.round}: {complaint}")

@@ -1,8 +1,9 @@
 """The evaluation contract: global, personal, worst, finetuned; on one split, for every client.
 
 * `personal`: each client's model (shared for it, plus its private state) on its own examples; mean over clients, weighted by
-  the examples behind the score (all of them, or the closed questions alone). So a score that is a mean over examples is
-  the same in `personal` and `global` where all clients have one model. Counts are added up.
+  the examples behind the score (all of them, or the closed questions alone; every slice of a volume where slices are scored
+  one by one). So a score that is a mean over examples is the same in `personal` and `global` where all clients have one
+  model. Counts are added up.
 * `worst`: per score, the lowest client (the highest where a score is better low, as a distance is). Counts have none.
 * `global`: the one shared model on the pooled examples, scored as one set; None where the method has no such model.
 * `finetuned`: as personal, after `finetune_epochs` local epochs of the task loss alone.
@@ -90,16 +91,18 @@ class Evaluator:
         if finetune and self._config.finetune_epochs:
             trained = [client for client in clients if self._sizes[client]["train"] > 0]
             states["finetuned"] = self._ask(server, completed, trained, split, "finetuned")
-        found = {view: self._scored(by_client, split) for view, by_client in states.items()}
+        found = {view: self._scored(by_client) for view, by_client in states.items()}
         table: dict[str, dict[View, Scores | None]] = {
             client: {view: known[client].scores if client in known else None for view, known in found.items()}
             for client in self._sizes
         }
         return Evaluation(split, self._summary(found, states.get("global")), table)
 
-    def _scored(self, states: Mapping[str, Mapping[str, Tensor]], split: str) -> dict[str, Scored]:
+    def _scored(self, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Scored]:
         metrics = {client: self._task.metric(client).merge([states[client]]) for client in self._sizes if client in states}
-        return {c: Scored(metric.compute(), self._sizes[c][split], metric.shares()) for c, metric in metrics.items()}
+        # All tensors of a state have a line for each example, whatever that is: a row of the manifest, or a slice of one.
+        lines = {client: len(next(iter(states[client].values()))) for client in metrics}
+        return {c: Scored(metric.compute(), lines[c], metric.shares()) for c, metric in metrics.items()}
 
     def _ask(
         self, server: ServerState, completed: int, clients: Sequence[str], split: str, view: View
@@ -147,7 +150,7 @@ class Evaluator:
             asked = [client for client in clients if name in known[client]]
             requests = (Request("evaluate", completed, client, settings=settings) for client in asked)
             states = {r.client: r.extra for r in self._vetted(requests, split)}
-            found[name] = self._over_clients(self._scored(states, split))
+            found[name] = self._over_clients(self._scored(states))
             if len(asked) < len(clients):
                 for scores in found[name].values():
                     scores.pop(self._task.primary, None)

@@ -42,6 +42,11 @@ class Request:
     settings: Mapping[str, Any] = field(default_factory=dict)
     nonce: str = ""
 
+    @property
+    def label(self) -> str:
+        """How a complaint begins."""
+        return f"client {self.client}, round {self.round}"
+
 
 @dataclass(frozen=True)
 class Reply:

@@ -1,13 +1,13 @@
 """Which tensors of a model are shared, private, or frozen. Always by module or module type, never by a piece of a name."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from omnifm.errors import ConfigError, FederationError
+from omnifm.errors import ConfigError, FederationError, NotFiniteError
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS: tuple[type[nn.Module], ...] = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm)
@@ -48,7 +48,7 @@ class Sharing:
         shared: travel to the server and back, averaged.
         private: never leave the client.
         frozen: parameters that nothing trains; every site builds them from the seed.
-        dropped: buffers that start anew each round.
+        dropped: buffers that start anew each round; `settle` fills them before a score.
     """
 
     shared: tuple[str, ...]
@@ -113,6 +113,12 @@ def write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             state[name].copy_(tensor)
 
 
+def require_finite(tensors: Mapping[str, Tensor], who: str, complaint: str) -> None:
+    """Raise NotFiniteError if a value is not: what stays at the client or becomes a score is seen by no later check."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise NotFiniteError(f"{who}: {complaint}")
+
+
 @contextmanager
 def still_statistics(model: nn.Module) -> Iterator[None]:
     """Keep BatchNorm's running statistics as they are; in training it still normalises with those of the batch."""
@@ -125,3 +131,33 @@ def still_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for module in moving:
             module.track_running_stats = True
+
+
+@torch.no_grad()
+def settle(model: nn.Module, dropped: Collection[str], client: str, passes: Iterable[Callable[[], object]]) -> None:
+    """Give the BatchNorms whose statistics are `dropped` the mean of those of all batches that pass. Nothing else moves.
+
+    Every site takes its own images for it (the "static" BatchNorm of HeteroFL, Diao et al., ICLR 2021, without its exchange).
+
+    Args:
+        model: the model; it is left as for prediction.
+        dropped: `Sharing.dropped`; without any, nothing passes.
+        client: whose images they are.
+        passes: each call passes one batch.
+
+    Raises:
+        FederationError: no batch passes.
+    """
+    model.eval()
+    parts = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    norms = [(part, part.momentum) for name, part in parts if f"{name}.running_mean" in dropped]
+    if not norms:
+        return
+    for norm, _ in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True
+    passed = sum(1 for run in passes if (run(), True))
+    for norm, momentum in norms:
+        norm.momentum, norm.training = momentum, False
+    if not passed:
+        raise FederationError(f"client {client}: model.buffers = 'drop' scores with statistics of two training images or more")

@@ -8,12 +8,13 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
+from omnifm.errors import FederationError
 from omnifm.federation.evaluation import Scored, weighted_mean, worst
 from omnifm.federation.sharing import write
 from omnifm.metrics.base import Scores
 from omnifm.metrics.classification import ClassificationMetric
 from omnifm.tasks.base import Split
-from tests.support import CLASSES, HOSPITALS, Hospital, Lab, MemorySplit, Spy, differing, make_lab, spy
+from tests.support import CLASSES, HOSPITALS, Hospital, Lab, MemorySplit, Spy, TinyBackbone, differing, make_lab, spy
 
 
 def test_the_mean_is_weighted_and_leaves_out_what_is_undefined() -> None:
@@ -80,6 +81,62 @@ def test_where_all_clients_have_one_model_means_over_examples_do_not_depend_on_w
     for name in ("accuracy", "first", "images"):
         assert personal[name] == pytest.approx(shared[name])
     assert lowest["first"] == min(v for v in own.values() if v is not None) and "images" not in lowest
+
+
+class BySlice(ByClass):
+    """One whose rows are volumes of `depth` slices, each scored on its own."""
+
+    by_row = False
+
+    def __init__(self, classes: int, depth: int = 1) -> None:
+        super().__init__(classes)
+        self._depth = depth
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.repeat_interleave(self._depth, dim=0) for name, tensor in super().state().items()}
+
+    def merge(self, states: Iterable[Mapping[str, torch.Tensor]]) -> "BySlice":
+        union = BySlice(CLASSES)
+        union._parts = super().merge(states)._parts
+        return union
+
+
+def test_so_it_is_where_slices_are_scored_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client weighs as many slices as it has, not as many volumes."""
+    lab = make_lab(tmp_path, hospitals=(Hospital("a", "CT", 10, test=3), Hospital("b", "MRI", 6, test=7)))
+    monkeypatch.setattr(lab.task, "metric", lambda client=None: BySlice(CLASSES, {"a": 30, "b": 1}.get(client or "", 1)))
+    found = lab.evaluate(lab.start())
+    own = [views["personal"]["accuracy"] for views in found.clients.values()]  # type: ignore[index]
+    assert own[0] != own[1], "or any weights would do"
+    personal, shared = found.views["personal"], found.views["global"]
+    assert personal is not None and shared is not None
+    assert personal["accuracy"] == pytest.approx(shared["accuracy"])
+
+
+def test_dropped_statistics_are_those_of_a_clients_own_training_images_when_it_is_scored(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, model__norm="batch", model__buffers="drop", hospitals=HOSPITALS[:1])
+    server = lab.run()
+    found = lab.evaluate(server)
+    backbone = lab.site.model.backbone
+    assert isinstance(backbone, TinyBackbone) and isinstance(backbone.norm, torch.nn.BatchNorm2d)
+    split = lab.task.client_data("a").train
+    values = backbone.conv(split.batch(torch.arange(len(split))).image - 0.5)
+    torch.testing.assert_close(backbone.norm.running_mean, values.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(backbone.norm.running_var, values.var(dim=(0, 2, 3)))
+    mean, variance = backbone.norm.running_mean, backbone.norm.running_var
+    assert mean is not None and variance is not None
+    test = lab.task.client_data("a").test
+    statistics = {"backbone.norm.running_mean": mean.clone(), "backbone.norm.running_var": variance.clone()}
+    guess, truth = predict(lab, {**server.shared, **statistics}, test)
+    assert found.views["global"] is not None and found.views["personal"] is not None
+    assert found.views["global"]["accuracy"] == found.views["personal"]["accuracy"] == pytest.approx((guess == truth).mean())
+
+
+def test_dropped_statistics_need_images(tmp_path: Path) -> None:
+    few = (HOSPITALS[0], Hospital("z", "US", 1))
+    lab = make_lab(tmp_path, model__norm="batch", model__buffers="drop", hospitals=few)
+    with pytest.raises(FederationError, match=r"^client z: model\.buffers = 'drop' .* two training images"):
+        lab.evaluate(lab.start())
 
 
 def test_the_worst_is_per_score() -> None:

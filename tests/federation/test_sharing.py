@@ -1,10 +1,22 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from omnifm.backbones.resnet import ResNet18Trunk
 from omnifm.errors import ConfigError, FederationError
-from omnifm.federation.sharing import BATCH_NORMS, NORMS, names_of_type, names_under, read, split_state, still_statistics, write
+from omnifm.federation.sharing import (
+    BATCH_NORMS,
+    NORMS,
+    names_of_type,
+    names_under,
+    read,
+    settle,
+    split_state,
+    still_statistics,
+    write,
+)
 
 
 def resnet(norm: str = "batch") -> ResNet18Trunk:
@@ -116,6 +128,26 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         write(Net(), {"zz": torch.ones(1)})
     with pytest.raises(FederationError, match=r"tensor amplitude has shape \(3,\), the model wants \(2,\)"):
         write(Net(), {"amplitude": torch.ones(3)})
+
+
+def test_dropped_statistics_are_the_mean_over_what_passes_and_all_else_stays() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2), nn.Dropout()).train()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    batches = [torch.randn(4, 2, 3, 3) + shift for shift in (0, 1, 5)]
+    dropped = {"0.running_mean", "0.running_var", "0.num_batches_tracked"}
+    settle(model, dropped, "c", (partial(model, batch) for batch in batches))
+    state = model.state_dict()
+    torch.testing.assert_close(state["0.running_mean"], torch.stack([b.mean(dim=(0, 2, 3)) for b in batches]).mean(0))
+    torch.testing.assert_close(state["0.running_var"], torch.stack([b.var(dim=(0, 2, 3)) for b in batches]).mean(0))
+    assert all(torch.equal(before[n], t) for n, t in state.items() if n not in dropped)
+    assert not any(module.training for module in model.modules())
+    assert [module.momentum for module in model if isinstance(module, nn.BatchNorm2d)] == [0.1, 0.1]
+
+
+def test_where_nothing_was_dropped_nothing_passes() -> None:
+    settle(nn.BatchNorm2d(2), (), "c", (pytest.fail for _ in range(1)))
+    with pytest.raises(FederationError, match=r"client c: .*two training images"):
+        settle(nn.Sequential(nn.BatchNorm2d(2)), {"0.running_mean"}, "c", ())
 
 
 @pytest.mark.parametrize("training", [True, False])
