@@ -24,7 +24,7 @@ from omnifm.federation.strategy import Strategy
 from omnifm.tasks.base import Task
 from omnifm.track.checkpoint import Checkpoint
 from omnifm.track.examples import save_examples
-from omnifm.track.folder import environment, read_json, write_config, write_json
+from omnifm.track.folder import environment, note_commit, read_json, write_config, write_json
 from omnifm.track.recorder import RunRecorder, Watcher
 from omnifm.track.snapshots import save_bank
 from omnifm.track.summary import totals
@@ -203,6 +203,7 @@ def _start(parts: _Parts, resume: bool) -> tuple[ServerState, int]:
         if record["best"] and record["best"][0] != completed:
             parts.checkpoint.load("best")  # damage shows now, not after the last round
         parts.recorder.rewind(record)
+        note_commit(parts.out / "environment.json")
         return server, completed
     # Nothing was committed yet: whatever an interrupted start left behind counts for nothing.
     parts.recorder.rewind({"rounds_completed": 0, "events_bytes": 0, "seconds": 0.0, "best": None})

@@ -289,7 +289,7 @@ def _cells(comparison: Comparison, metric: str) -> Section:
         if row.get("status") == "reference":
             continue
         labels = tuple(map(Cell, (method_of(row), f"{float(row['participation']):.0%}", row["seed"], row.get("status", ""))))
-        values = (number_cell(score(row, f"personal_{metric}")), Cell(row.get("commit", "")[:12]))
+        values = (number_cell(score(row, f"personal_{metric}")), Cell(row.get("commit", "")))
         rows.append((_link(comparison, row, cell), *labels, *values))
     head = ("report", "method", "participation", "seed", "status", f"own models, {define.metric_label(metric)}", "commit")
     return Section("cells", "Every cell, with its own report", (Table(head, tuple(rows), labels=5),), folded=len(rows) > 24)

@@ -81,6 +81,13 @@ def environment() -> dict[str, Any]:
     }
 
 
+def note_commit(path: Path) -> None:
+    """Add this tree's commit to an `environment.json` that names another: `OLD..NEW` have a part in the run's numbers."""
+    record, here = read_json(path), commit()
+    if here not in str(record.get("commit")).split(".."):
+        write_json(path, {**record, "commit": f"{record.get('commit')}..{here}"})
+
+
 def _without_home(argument: str) -> str:
     """Write `~` for the home folder, which often holds a person's name."""
     home = str(Path.home())

@@ -106,6 +106,17 @@ def test_a_finished_run_is_not_touched_by_resume(
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_a_run_that_goes_on_in_another_version_says_so(
+    data: Path, tmp_path: Path, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(finished("fedavg"), tmp_path / "run"))
+    (run / "metrics.json").unlink()
+    first = json.loads((run / "environment.json").read_text())["commit"]
+    monkeypatch.setattr("omnifm.track.folder.commit", lambda: "another")
+    execute(config(data, "fedavg"), run, resume=True)
+    assert json.loads((run / "environment.json").read_text())["commit"] == f"{first}..another"
+
+
 def test_a_folder_in_use_is_refused(data: Path, tmp_path: Path, finished: Finished) -> None:
     run = finished("fedavg")
     before = left_behind(run)

@@ -207,6 +207,15 @@ def test_the_environment_names_no_person_and_no_host(run: Path, monkeypatch: pyt
     assert f'"{getpass.getuser()}"' not in shown
 
 
+def test_a_run_that_goes_on_at_another_commit_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "environment.json"
+    write_json(path, {"commit": "aaa+", "cores": 2})
+    for commit in ("aaa+", "bbb", "bbb", "aaa+"):
+        monkeypatch.setattr(folder, "commit", lambda name=commit: name)
+        folder.note_commit(path)
+    assert read_json(path) == {"commit": "aaa+..bbb", "cores": 2}
+
+
 def test_outside_a_checkout_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_git(*_: object, **__: object) -> None:
         raise FileNotFoundError("git")
