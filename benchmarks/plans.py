@@ -46,7 +46,10 @@ def _plain(*strategies: str, name: str = "", changes: tuple[str, ...] = ()) -> C
 
 
 def _own_federations() -> list[Variant]:
-    """Return the mixed config once per task, with that task's cohorts and settings alone: nothing else differs."""
+    """Return the mixed config once per task, with that task's cohorts and settings alone.
+
+    The networks' initial weights differ too, but for the first task in the alphabet: they are drawn one after the other.
+    """
     config = load(CONFIGS / "mixed.toml")
     by_task: dict[str, list[str]] = {}
     for entry in config.federation.cohorts:
