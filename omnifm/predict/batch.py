@@ -25,6 +25,10 @@ def predict_cases(session: Session, cases: Sequence[Case], out: OutFolder, *, qu
         OmnifmError: no case could be answered this way, or there are answers in the folder already.
     """
     out.require_free(f"{SUMMARY}.json")
+    if out.force and any(file.resolve().parent == out.folder.resolve() for case in cases for file in case.files):
+        raise DataError(
+            f"{out.folder}: holds images of this call, and --force could replace what lies beside them: take another --out"
+        )
     done: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     summary = {**session.facts, "cases": done, "failed": failed}

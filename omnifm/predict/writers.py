@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from omnifm.data.readers import NIFTI_SUFFIXES, Image
-from omnifm.errors import ConfigError, DataError
+from omnifm.errors import CheckpointError, ConfigError, DataError
 from omnifm.predict import nifti
 from omnifm.tasks.base import Answer
+from omnifm.track.folder import read_json
 
 _GOLDEN = 0.618033988749895
 Mask = npt.NDArray[np.uint8]
@@ -43,9 +44,17 @@ class OutFolder:
         return target
 
     def forget(self, name: str) -> None:
-        """Remove the file `name` of an earlier batch. Raises DataError: there is one, and no `force`."""
+        """Remove the answer `name` of an earlier batch. Raises DataError: there is one, and no `force`; or it is no answer."""
         self.require_free(name)
-        self._target(name).unlink(missing_ok=True)
+        target = self._target(name)
+        if target.exists():
+            try:
+                answer = "config_hash" in read_json(target)
+            except CheckpointError:
+                answer = False
+            if not answer:
+                raise DataError(f"{target}: is no answer of an earlier call, and stays as it is: take another --out")
+            target.unlink()
 
     def put(self, name: str, write: Callable[[Path], object]) -> str:
         """Let `write` write the file `name`, which appears once it is whole; return the name. Raises DataError if it cannot."""

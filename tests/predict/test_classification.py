@@ -127,6 +127,15 @@ def test_all_well_is_exit_code_0_and_answers_are_no_input(omnifm: Command, finis
     assert (tmp_path / "in/answers/a.json").read_bytes() == before
 
 
+def test_force_replaces_nothing_beside_the_images(omnifm: Command, finished: Finished, tmp_path: Path) -> None:
+    """A mask that somebody drew has the name of an answer."""
+    picture(tmp_path / "in/a.png")
+    drawn = picture(tmp_path / "in/a-mask.png").read_bytes()
+    words = ("predict", finished("fedavg"), "in/a.png", "--client", CLIENT, "--out", "in", "--force")
+    assert "in: holds images of this call, and --force could replace" in omnifm(*words).complaint
+    assert (tmp_path / "in/a-mask.png").read_bytes() == drawn and not (tmp_path / "in/a.json").exists()
+
+
 def test_one_answer_that_is_there_stops_no_other(omnifm: Command, finished: Finished, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         picture(tmp_path / "in" / name)
@@ -146,6 +155,20 @@ def test_what_fails_under_force_leaves_no_answer_of_another_model(omnifm: Comman
     (tmp_path / "in/a.png").write_bytes(b"damaged")
     assert omnifm("predict", finished("omnifm"), *words).code == 1
     assert not (tmp_path / "out/a.json").exists()
+
+
+def test_what_is_no_answer_is_not_removed(omnifm: Command, finished: Finished, tmp_path: Path) -> None:
+    """A description that belongs to an image (BIDS) has the name of its answer."""
+    picture(tmp_path / "in/a.png")
+    (tmp_path / "out").mkdir()
+    for text in ('{"RepetitionTime": 2.3}', "no json", "[]"):
+        (tmp_path / "out/a.json").write_text(text)
+        ended = omnifm("predict", finished("fedavg"), "in", "--client", CLIENT, "--out", "out", "--force")
+        assert (ended.code, ended.err) == (
+            1,
+            "omnifm: out/a.json: is no answer of an earlier call, and stays as it is: take another --out\n",
+        )
+        assert (tmp_path / "out/a.json").read_text() == text
 
 
 def test_a_volume_of_another_kind_is_one_line(omnifm: Command, finished: Finished, tmp_path: Path) -> None:
