@@ -1,5 +1,6 @@
 """The composition root: from a `Config` to the objects of a run. One table per plug-in kind, NAME -> "module:Class"."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from omnifm.config import CohortConfig, Config, EngineConfig, one_line
 from omnifm.data.cache import default_cache_dir
 from omnifm.data.cohort import Cohort
 from omnifm.data.partition import ClientPlan, partition
+from omnifm.data.splits import crossing
 from omnifm.data.vetted import require_vetted
 from omnifm.data.words import Words
 from omnifm.engines.inprocess import InProcessEngine
@@ -34,6 +36,8 @@ from omnifm.federation.store import ClientStore
 from omnifm.federation.strategy import Strategy, StrategyOptions
 from omnifm.tasks.base import Model, Task, TaskData, TaskOptions
 from omnifm.track.folder import read_json
+
+log = logging.getLogger(__name__)
 
 STRATEGIES = {
     "local": "omnifm.federation.strategies.local:Local",
@@ -144,6 +148,8 @@ def load_data(config: Config, *, check: bool = True) -> Data:
     cache = cache_folder(config)
     if check:
         require_vetted(cohorts.values(), cache)
+        if said := crossing({name: cohort.patients() for name, cohort in cohorts.items()}):
+            log.warning("%s", said)
     return Data(cohorts, tuple(plans), cache)
 
 

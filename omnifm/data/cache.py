@@ -26,7 +26,7 @@ from omnifm.errors import DataError
 log = logging.getLogger(__name__)
 
 # Part of every key: a new number makes every older file a stranger.
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 PERCENTILES = (0.5, 99.5)
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _BATCH = 64

@@ -106,6 +106,13 @@ class Cohort:
     rows: tuple[Row, ...]
     here: bool = True
 
+    def patients(self) -> dict[str, set[str]]:
+        """Return the patients who are known, by split."""
+        found: dict[str, set[str]] = {}
+        for row in self.rows:
+            found.setdefault(row.split, set()).update({row.patient} - {""})
+        return found
+
     @classmethod
     def read(cls, folder: Path | str, seed: int = 0) -> "Cohort":
         """Read a cohort folder.

@@ -10,7 +10,9 @@ import numpy.typing as npt
 
 from omnifm.errors import DataError
 
-Pixels = tuple[npt.NDArray[np.float32], tuple[float, ...] | None, npt.NDArray[np.float64] | None, int]
+_Affine = npt.NDArray[np.float64]
+Pixels = tuple[npt.NDArray[np.float32], tuple[float, ...] | None, _Affine | None, int, _Affine | None]
+"""Values, spacing, affine and bits as `readers.Image` has them, and the place of a single slice."""
 
 _GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness")
 _SERIES = ("SeriesInstanceUID", "ImagePositionPatient", "NumberOfFrames", "SOPClassUID")
@@ -18,10 +20,12 @@ _STORAGE = "1.2.840.10008.5.1.4.1.1."
 _SEGMENTATION = _STORAGE + "66.4"
 # Presentation states, registrations and segmentations, reports, documents, contours and plans (PS3.4 B.5).
 _NO_PICTURES = tuple(_STORAGE + kind for kind in ("11.", "66", "88.", "104.", "481.3", "481.5"))
+_PADDING = ("PixelPaddingValue", "PixelPaddingRangeLimit")
 _PIXELS = (
     "SOPClassUID",
     *("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept"),
+    *_PADDING,
     *("ModalityLUTSequence", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
     *("RedPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableDescriptor"),
     *("RedPaletteColorLookupTableData", "GreenPaletteColorLookupTableData", "BluePaletteColorLookupTableData"),
@@ -30,7 +34,6 @@ _PIXELS = (
 )
 # Slice gaps of one volume may differ by this share before a slice counts as missing.
 _GAP_TOLERANCE = 0.1
-_Affine = npt.NDArray[np.float64]
 _T = TypeVar("_T")
 _REMEDY = {"slices": "keep one series per folder", "frames": "keep one volume per file"}
 
@@ -48,11 +51,12 @@ def read_dicom(path: Path) -> Pixels:
     """Read one `.dcm` file: an image `(c, rows, columns)`, or `(c, frames, rows, columns)` if it has several frames.
 
     Stored values become real ones (rescale slope and intercept or the modality table); MONOCHROME1 is turned over within the
-    range its bits can hold, so that more is brighter; colours become RGB. Frames that state their places are put in their order
-    along the normal.
+    range its bits can hold, so that more is brighter; padding becomes as dark as the darkest pixel that is none; colours become
+    RGB. Frames that state their places are put in their order along the normal.
 
     Returns:
-        The array (float32), spacing in mm per spatial axis or None, affine (4, 4) to RAS+ mm for volumes or None, bits stored.
+        The array (float32), spacing in mm per spatial axis or None, affine (4, 4) to RAS+ mm for volumes or None, bits stored,
+        and for a single slice the affine of (slice, row, column) or None.
 
     Raises:
         DataError: the file is not DICOM, has no pixels, is a segmentation, its frames are no regular volume, or its compression
@@ -89,13 +93,17 @@ def read_slices(files: Sequence[Path]) -> Pixels:
     if lost:
         raise DataError(f"{lost[0]}: a slice states no position or orientation, so the slices cannot be put in order")
     places = _places([(h.ImageOrientationPatient, h.ImagePositionPatient) for h in headers], "slices")
+    if len({header.get("SeriesInstanceUID", "") for header in headers}) > 1:
+        raise DataError("the slices are of several series: keep one series per folder")
     order = along(places).argsort(kind="stable")
     slices = [_told(named[i][0], _pixels, headers[i]) for i in order]
+    if not all(np.allclose(image[1] or 0, slices[0][1] or 0, rtol=1e-3) for image in slices):
+        raise DataError("the slices have pixels of different sizes (PixelSpacing): keep one series per folder")
     if len({image[0].shape for image in slices}) > 1 or slices[0][0].ndim != 3:
         raise DataError("the slices differ in size or hold several frames: keep one series of single frames per folder")
     array = np.stack([image[0] for image in slices], axis=1)
     bits = max(image[3] for image in slices)
-    return array, *_grid(places, slices[0][1], headers[0].get("SliceThickness")), bits
+    return array, *_grid(places, slices[0][1], headers[0].get("SliceThickness")), bits, None
 
 
 def _told(file: Path, read: Callable[[Any], _T], source: Any) -> _T:
@@ -147,9 +155,28 @@ def _grid(places: _Places, in_plane: tuple[float, ...] | None, thickness: Any) -
     if in_plane is None:
         return None, None
     gap = gap or abs(float(thickness or 1.0))
+    _require_one_row(places, distance, order, in_plane)
     step = (places.positions[order[-1]] - places.positions[order[0]]) / max(len(order) - 1, 1)
     affine = _affine(places.orientation, places.positions[order[0]], in_plane, step if len(order) > 1 else None, gap)
     return (gap, *in_plane), affine
+
+
+def _require_one_row(places: _Places, distance: _Affine, order: npt.NDArray[np.int64], in_plane: tuple[float, ...]) -> None:
+    """Raise DataError unless all slices begin on one straight line; it need not be their normal (a tilted gantry)."""
+    first, last = order[0], order[-1]
+    share = (distance - distance[first]) / max(distance[last] - distance[first], 1e-9)
+    line = places.positions[first] + share[:, None] * (places.positions[last] - places.positions[first])
+    aside = float(np.linalg.norm(places.positions - line, axis=1).max())
+    if aside > min(in_plane) / 2:
+        raise DataError(f"the {places.what} do not lie in one row, one is {aside:.1f} mm aside: {_REMEDY[places.what]}")
+
+
+def _place(header: Any) -> _Affine | None:
+    """Return the affine `(4, 4)` of (slice, row, column) of a single slice; None where it does not say how it lies."""
+    orientation, position = (list(header.get(key) or ()) for key in ("ImageOrientationPatient", "ImagePositionPatient"))
+    if len(orientation) != 6 or len(position) != 3:
+        return None
+    return _grid(_places([(orientation, position)], "slices"), _measures(header)[0], header.get("SliceThickness"))[1]
 
 
 def _frame_places(header: Any) -> _Places | None:
@@ -198,7 +225,8 @@ def _load(path: Path) -> Any:
     from pydicom.errors import InvalidDicomError
 
     try:
-        return pydicom.dcmread(path, specific_tags=[*_PIXELS, *_GEOMETRY])
+        # The number of a series is looked at, and goes nowhere.
+        return pydicom.dcmread(path, specific_tags=["SeriesInstanceUID", *_PIXELS, *_GEOMETRY])
     except InvalidDicomError:
         raise DataError("not a DICOM file (no DICM prefix)") from None
 
@@ -209,21 +237,24 @@ def _pixels(header: Any) -> Pixels:
     colour = int(header.get("SamplesPerPixel", 1)) == 3 or header.PhotometricInterpretation == "PALETTE COLOR"
     stored = stored.reshape((frames, *stored.shape[-3 if colour else -2 :]))
     bits = 32 if "PixelData" not in header else int(header.BitsStored)
+    if "PixelData" in header and int(header.get("HighBit", bits - 1)) != bits - 1:
+        raise DataError("its values are not in the lowest bits (HighBit), as they were long ago: convert it")
     if colour:
         array = np.moveaxis(stored, -1, 0).astype(np.float32)
         bits = 8 if stored.dtype == np.uint8 else 16
     else:
         array, rescaled = _rescaled(stored, header, bits)
         array = array[None]
-        bits = max(bits, 16) if rescaled else bits
+        # 8 bits say that 0 is black and 255 white; signed values have neither.
+        bits = max(bits, 16) if rescaled or header.get("PixelRepresentation") else bits
     if frames == 1:
-        return array[:, 0], _measures(header)[0], None, bits
+        return array[:, 0], _measures(header)[0], None, bits, _place(header)
     in_plane, gap, thickness = _measures(header)
     places = _frame_places(header)
     if places is not None and len(places.positions) == frames:
-        return array[:, along(places).argsort(kind="stable")], *_grid(places, in_plane, thickness), bits
+        return array[:, along(places).argsort(kind="stable")], *_grid(places, in_plane, thickness), bits, None
     gap = gap or thickness
-    return array, (gap, *in_plane) if gap and in_plane else None, None, bits
+    return array, (gap, *in_plane) if gap and in_plane else None, None, bits, None
 
 
 def _stored(header: Any) -> npt.NDArray[Any]:
@@ -243,6 +274,8 @@ def _rescaled(stored: npt.NDArray[Any], header: Any, bits: int) -> tuple[npt.NDA
     """Apply slope and intercept, per frame where the file states them so; tell whether that changed anything."""
     from pydicom.pixels.processing import apply_modality_lut
 
+    if "PixelData" in header and "PixelPaddingValue" in header:
+        stored = _unpadded(stored, header)
     if header.PhotometricInterpretation == "MONOCHROME1" and "PixelData" in header:
         signed = int(header.PixelRepresentation)
         # The two ends of the range that the bits can hold change places: unsigned 0 and 2^b - 1, signed -2^(b-1) and 2^(b-1) - 1.
@@ -253,10 +286,32 @@ def _rescaled(stored: npt.NDArray[Any], header: Any, bits: int) -> tuple[npt.NDA
     if len(groups) == len(stored) and all(groups):
         factors = np.array([group for group in groups if group], dtype=np.float64).reshape(-1, 2, 1, 1)
         return (stored * factors[:, 0] + factors[:, 1]).astype(np.float32), bool((factors != [[[1]], [[0]]]).any())
-    if "ModalityLUTSequence" not in header and "RescaleSlope" not in header:
-        return stored.astype(np.float32), False
-    real = apply_modality_lut(stored, header).astype(np.float32)
+    if "ModalityLUTSequence" in header:
+        real = apply_modality_lut(stored, header).astype(np.float32)
+    else:
+        slope, intercept = float(header.get("RescaleSlope") or 1), float(header.get("RescaleIntercept") or 0)
+        real = (stored * slope + intercept).astype(np.float32)
     return real, not np.array_equal(real, stored)
+
+
+def _unpadded(stored: npt.NDArray[Any], header: Any) -> npt.NDArray[Any]:
+    """Return the stored values with padding (PS3.3 C.7.5.1.1.2) as dark as the darkest pixel that is none.
+
+    It says where nothing was measured, mostly by a number far from all that was, and would set the scale of the picture.
+    """
+    ends = sorted(_as_stored(header[key].value, header) for key in _PADDING if key in header)
+    padding = (stored >= ends[0]) & (stored <= ends[-1])
+    if not padding.any() or padding.all():
+        return stored
+    seen = stored[~padding]
+    return np.where(padding, seen.max() if header.PhotometricInterpretation == "MONOCHROME1" else seen.min(), stored)
+
+
+def _as_stored(value: Any, header: Any) -> int:
+    """Return a padding value as a pixel has it: files write it signed or unsigned, or leave that open."""
+    number = int.from_bytes(value, "little") if isinstance(value, bytes) else int(value)
+    size: int = 2 ** int(header.BitsAllocated)
+    return (number + size // 2) % size - size // 2 if int(header.PixelRepresentation) else number % size
 
 
 def _rescale_group(item: Any) -> tuple[float, float] | None:

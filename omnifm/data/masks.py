@@ -20,7 +20,7 @@ from omnifm.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 Labels = npt.NDArray[np.uint8]
 
 

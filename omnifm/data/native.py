@@ -25,7 +25,7 @@ from omnifm.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _BATCH = 64
 _WHITE = 255
 Window = tuple[int, int, int]

@@ -17,6 +17,7 @@ from omnifm.data.readers import Image, read_image, read_mask_image
 from omnifm.errors import DataError
 
 Affine = npt.NDArray[np.float64]
+_SPACING_TOLERANCE = 0.01
 
 
 def turned(image: Image, like: Affine | None) -> Image:
@@ -33,18 +34,37 @@ def lying_as(other: Image, image: Image) -> Image:
     """Return a mask or second image on the grid of `image`: turned as it lies, and taken to lie alike where it does not say.
 
     Raises:
-        DataError: it has another size, or its header puts it elsewhere, more than half the smallest voxel edge away.
+        DataError: it has another size, or its header puts it elsewhere, more than half the smallest voxel edge away; or of two
+            flat ones one is stored by columns, or has pixels of another size.
     """
+    if other.array.ndim == image.array.ndim == 3:
+        _require_flat_fit(other, image)
     silent = other.affine is None or image.affine is None
     other = replace(other, affine=image.affine) if silent else turned(other, image.affine)
     size, wanted = other.array.shape[1:], image.array.shape[1:]
     if size != wanted:
         raise DataError(f"size {' x '.join(map(str, size))} differs from the image's {' x '.join(map(str, wanted))}")
-    if other.affine is not None and image.affine is not None:
-        gap = _farthest(other.affine - image.affine, wanted)
-        if gap > np.linalg.norm(image.affine[:3, :3], axis=0).min() / 2:
-            raise DataError(f"lies up to {gap:.1f} mm from where the image lies: bring both onto one grid")
+    _require_one_place(other.affine, image.affine, wanted)
+    _require_one_place(other.place, image.place, (1, *wanted))
     return other
+
+
+def _require_one_place(other: Affine | None, image: Affine | None, shape: tuple[int, ...]) -> None:
+    if other is None or image is None:
+        return
+    gap = _farthest(other - image, shape)
+    if gap > np.linalg.norm(image[:3, :3], axis=0).min() / 2:
+        raise DataError(f"lies up to {gap:.1f} mm from where the image lies: bring both onto one grid")
+
+
+def _require_flat_fit(other: Image, image: Image) -> None:
+    if other.by_columns != image.by_columns:
+        raise DataError(
+            "one of the two is a flat NIfTI, which is stored by columns, the other is stored by rows: save both alike"
+        )
+    if other.spacing and image.spacing and not np.allclose(other.spacing, image.spacing, rtol=_SPACING_TOLERANCE):
+        sizes = (" x ".join(f"{step:g}" for step in one.spacing or ()) for one in (other, image))
+        raise DataError("pixels of {} mm, the image's are of {} mm: bring both onto one grid".format(*sizes))
 
 
 class Rows:

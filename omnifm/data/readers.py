@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from omnifm.errors import DataError
 
 RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
-SUFFIXES = (*NIFTI_SUFFIXES, ".dcm", ".tif", ".tiff", ".npy", *RASTER_SUFFIXES)
+_TIFF_SUFFIXES = (".tif", ".tiff")
+SUFFIXES = (*NIFTI_SUFFIXES, ".dcm", *_TIFF_SUFFIXES, ".npy", *RASTER_SUFFIXES)
 """Endings of the names, in lower case, of all files that `read_image` reads."""
 _GREY_MODES = {"1": "L", "L": "L", "LA": "L", "I;16": "I;16", "I;16L": "I;16", "I;16B": "I;16B", "I": "I", "F": "F"}
 _MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
@@ -30,12 +32,16 @@ class Image:
         affine: `(4, 4)`, from the indices of the three spatial axes to millimetres right, anterior and superior (RAS+).
         bits: bits per value at the source: 8, 16 or 32, or what DICOM states (12, ...). 8 says that 255 is white; so NIfTI counts
             as 16 at least, and floating point as 32.
+        place: of a flat image, the affine `(4, 4)` from (slice, row, column) to the same millimetres, where the file says it.
+        by_columns: whether the first axis of a flat image runs along its columns, as NIfTI stores it, not down its rows.
     """
 
     array: npt.NDArray[np.float32]
     spacing: tuple[float, ...] | None
     affine: npt.NDArray[np.float64] | None
     bits: int
+    place: npt.NDArray[np.float64] | None = None
+    by_columns: bool = False
 
 
 def read_image(path: Path) -> Image:
@@ -44,8 +50,12 @@ def read_image(path: Path) -> Image:
     Raises:
         DataError: the file is missing, of another kind, truncated, or has neither one nor three channels.
     """
+    return _read(path)
+
+
+def _read(path: Path, reader: Callable[[Path], Image] | None = None) -> Image:
     try:
-        image = _reader(path)(path)
+        image = (reader or _reader(path))(path)
     except FileNotFoundError:
         raise DataError(f"{path.name}: file is missing") from None
     except DataError as error:
@@ -73,7 +83,7 @@ def read_mask_image(path: Path) -> Image:
         indices = _palette_indices(path)
         if indices is not None:
             return indices
-    image = read_image(path)
+    image = _read(path, partial(_read_tiff, mask=True) if path.name.lower().endswith(_TIFF_SUFFIXES) else None)
     array = image.array
     if not np.array_equal(array, np.broadcast_to(array[:1], array.shape)):
         raise DataError(f"{path.name}: a mask holds class values, not colours")
@@ -92,7 +102,7 @@ def _reader(path: Path) -> Callable[[Path], Image]:
         return _read_nifti
     if path.is_dir() or name.endswith(".dcm"):
         return _read_dicom
-    if name.endswith((".tif", ".tiff")):
+    if name.endswith(_TIFF_SUFFIXES):
         return _read_tiff
     if name.endswith(".npy"):
         return _read_npy
@@ -113,16 +123,8 @@ def read_slice(path: Path) -> Image:
     Raises:
         DataError: as `read_image`.
     """
-    from omnifm.data.dicom import read_slices
-
     found = read_image(path)
-    if found.array.ndim == 4:
-        return found
-    try:
-        return replace(found, affine=read_slices([path])[2])
-    # It does not say how it lies.
-    except DataError:
-        return found
+    return found if found.array.ndim == 4 else replace(found, affine=found.place)
 
 
 def _read_raster(path: Path) -> Image:
@@ -170,13 +172,16 @@ def _palette_indices(path: Path) -> Image | None:
         raise _unreadable(path, error) from error
 
 
-def _read_tiff(path: Path) -> Image:
+def _read_tiff(path: Path, *, mask: bool = False) -> Image:
     import tifffile
     from PIL import Image as Pillow
 
     with tifffile.TiffFile(path) as source:
         page: Any = source.pages.first
         white_is_zero = page.photometric.name == "MINISWHITE"
+        if mask and white_is_zero and page.bitspersample > 1:
+            # As numbers 0 is the background, as a picture (ImageJ's inverting table) the largest number is.
+            raise DataError("a mask in which 0 is shown white (TIFF MINISWHITE) can be read two ways: save it as PNG")
         turn = int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1
         # Pillow carries LZW and JPEG decoders, which tifffile lacks, and knows other colours; tifffile keeps 16 bits per colour,
         # which Pillow does not.
@@ -249,4 +254,4 @@ def _read_nifti(path: Path) -> Image:
     # Both codes 0: the file does not say how it lies, and nibabel's answer is a guess.
     stated = array.ndim == 3 and (int(source.header["qform_code"]) or int(source.header["sform_code"]))
     affine = np.diag([millimetres] * 3 + [1.0]) @ np.asarray(source.affine, dtype=np.float64) if stated else None
-    return Image(array[None], spacing, affine, bits)
+    return Image(array[None], spacing, affine, bits, by_columns=array.ndim == 2)

@@ -1,8 +1,9 @@
 """Train, val and test for rows whose manifest leaves `split` empty: by patient, per class, a function of its inputs alone."""
 
 import hashlib
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 SHARES = {"train": 0.65, "val": 0.10, "test": 0.25}
 
@@ -33,6 +34,22 @@ def assign_splits(given: Sequence[str], units: Sequence[str], labels: Sequence[s
         counts[split] += 1
         known[unit] = split
     return [split or known[unit] for split, unit in zip(given, units, strict=True)]
+
+
+def crossing(patients: Mapping[str, Mapping[str, Collection[str]]]) -> str:
+    """Return a line about the first two cohorts of which one trains on patients that the other validates or tests on; or "".
+
+    Args:
+        patients: by cohort, then by split, the patients who are known.
+    """
+    for (one, own), (other, theirs) in itertools.permutations(patients.items(), 2):
+        both = set(own.get("train", ())) & {*theirs.get("val", ()), *theirs.get("test", ())}
+        if both:
+            return (
+                f"cohort {one} trains on {len(both)} patient ids that cohort {other} validates or tests on: if equal ids are the "
+                "same people, give each of them one split in both manifests"
+            )
+    return ""
 
 
 def main_label(tally: Counter[str]) -> str:

@@ -57,19 +57,28 @@ def _pixel_problems(
     for number, row in rows:
         once.setdefault((row.image, row.image_b, row.mask, row.mask_b), (number, row))
     items = list(once.values())
+    silent = bool(items) and _silent(folder, items[0][1].image)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(items), _BATCH):
             batch = items[start : start + _BATCH]
-            messages = pool.map(lambda item: _row_messages(folder, spec, item[1]), batch)
+            messages = pool.map(lambda item: _row_messages(folder, spec, item[1], silent), batch)
             yield from (Problem(MANIFEST_FILE, n, text) for (n, _), texts in zip(batch, messages, strict=True) for text in texts)
             if progress is not None:
                 progress(start + len(batch), len(items))
 
 
-def _row_messages(folder: Path, spec: CohortSpec, row: Row) -> list[str]:
-    """Return what is wrong with the files one row names."""
+def _silent(folder: Path, relative: str) -> bool:
+    """Whether a path is a volume that does not say how it lies."""
+    image = _image(folder, "image", relative, None, [])
+    return image is not None and image.array.ndim == 4 and image.affine is None
+
+
+def _row_messages(folder: Path, spec: CohortSpec, row: Row, silent: bool) -> list[str]:
+    """Return what is wrong with the files one row names; `silent`: the first volume does not say how it lies."""
     messages: list[str] = []
     image = _image(folder, "image", row.image, spec, messages)
+    if silent and image is not None and image.affine is not None:
+        messages.append(f"image '{row.image}': says how it lies, and the first row's does not: put one that does first")
     if spec.task == "fusion":
         other = _image(folder, "image_b", row.image_b, spec, messages)
         messages += _grid_messages("image_b", row.image_b, other, image)
@@ -79,7 +88,7 @@ def _row_messages(folder: Path, spec: CohortSpec, row: Row) -> list[str]:
     return messages
 
 
-def _image(folder: Path, column: str, relative: str, spec: CohortSpec, messages: list[str]) -> Image | None:
+def _image(folder: Path, column: str, relative: str, spec: CohortSpec | None, messages: list[str]) -> Image | None:
     # Empty paths and paths whose text leaves the folder are among the structural problems already.
     if not relative or outside_reason(relative):
         return None
@@ -92,7 +101,7 @@ def _image(folder: Path, column: str, relative: str, spec: CohortSpec, messages:
         messages.append(f"{column} '{relative}': holds NaN or infinite values")
     elif image.array.min() == image.array.max():
         messages.append(f"{column} '{relative}': constant, every value is {image.array.flat[0]:g}")
-    if image.array.ndim == 4 and spec.slice_axis is None:
+    if image.array.ndim == 4 and spec is not None and spec.slice_axis is None:
         messages.append(f"{column} '{relative}': is a volume, and cohort.toml has no slice_axis")
     return image
 

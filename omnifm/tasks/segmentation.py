@@ -23,7 +23,7 @@ from omnifm.data.cache import CachedImages, load_images, to_slices
 from omnifm.data.cohort import Cohort
 from omnifm.data.masks import CachedMasks, load_masks
 from omnifm.data.readers import Image
-from omnifm.errors import ConfigError
+from omnifm.errors import ConfigError, DataError
 from omnifm.metrics.base import Metric
 from omnifm.metrics.segmentation import SegmentationMetric, Structures
 from omnifm.tasks.augment import flip_shift
@@ -152,6 +152,8 @@ def class_union(cohorts: Mapping[str, Cohort], label_space: str, binary: bool) -
     for cohort in sorted(cohorts.values(), key=lambda c: c.name):
         prefix = f"{cohort.name}/" if label_space == "cohort" else ""
         inner = ["foreground" if binary else prefix + name for name in cohort.classes[1:]]
+        if BACKGROUND in inner:
+            raise DataError(f"cohort {cohort.name}: class {inner.index(BACKGROUND) + 1} is called {BACKGROUND}, which is class 0")
         table[cohort.name] = [0, *(names.setdefault(name, len(names)) for name in inner)]
     return tuple(names), table
 

@@ -43,7 +43,11 @@ def write(path: Path, pixels: np.ndarray, *, bits: int = 12, photometric: str = 
     file.BitsStored, file.HighBit = bits, bits - 1
     file.PixelRepresentation = int(pixels.dtype.kind == "i")
     for tag, value in tags.items():
-        setattr(file, tag, value)
+        # Tags of which the standard leaves open whether they are signed.
+        if tag.startswith("PixelPadding") and value >= 2**15:
+            file.add_new(tag, "US", value)
+        else:
+            setattr(file, tag, value)
     file.PixelData = pixels.tobytes()
     file.save_as(path, enforce_file_format=True)
     return path
@@ -195,6 +199,65 @@ def test_slices_that_do_not_belong_together(tmp_path: Path) -> None:
     write(folder / "z.dcm", PLANE)
     with pytest.raises(DataError, match="no position or orientation"):
         read_image(folder)
+
+
+def test_slices_of_another_series_or_size_or_row_are_refused(tmp_path: Path) -> None:
+    folder = series(tmp_path / "s", [0, 4, 8], SeriesInstanceUID="1.2.3")
+    geometry = {"ImagePositionPatient": [10, 12, 30], "ImageOrientationPatient": [1, 0, 0, 0, 0, -1], "PixelSpacing": [0.5, 0.7]}
+    whole = {"SeriesInstanceUID": "1.2.3", **geometry}
+    write(folder / "z.dcm", PLANE, **whole)
+    assert read_image(folder).array.shape == (1, 4, 3, 4)
+    for changes, text in (
+        ({"SeriesInstanceUID": "1.2.4"}, "several series"),
+        ({"PixelSpacing": [0.5, 1.4]}, r"pixels of different sizes \(PixelSpacing\)"),
+        ({"ImagePositionPatient": [12, 12, 30]}, r"do not lie in one row, one is \d+\.\d mm aside"),
+    ):
+        write(folder / "z.dcm", PLANE, **(whole | changes))
+        with pytest.raises(DataError, match=rf"^s: .*{text}: keep one series per folder"):
+            read_image(folder)
+
+
+def test_a_tilted_gantry_is_one_row(tmp_path: Path) -> None:
+    for k in range(4):
+        geometry = {
+            "ImagePositionPatient": [0, 3 * k, k],
+            "ImageOrientationPatient": [1, 0, 0, 0, 0, -1],
+            "PixelSpacing": [0.5, 0.7],
+        }
+        write(tmp_path / f"{k}.dcm", PLANE, **geometry)
+    assert read_image(tmp_path).array.shape == (1, 4, 3, 4)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+@pytest.mark.parametrize(("padding", "limit"), [(-2000, None), (63536, None), (-2000, -1998), (-1998, -2000)])
+def test_padding_is_as_dark_as_what_was_seen(tmp_path: Path, photometric: str, padding: int, limit: int | None) -> None:
+    """It would set the scale otherwise. 63536 is -2000 written without a sign."""
+    stored = (PLANE.astype(np.int64) - 1000).astype(np.int16)
+    padded = stored.copy()
+    padded[0, :2] = (-2000, -1999) if limit else -2000
+    seen = stored.ravel()[2:]
+    darkest = seen.max() if photometric == "MONOCHROME1" else seen.min()
+    tags = {"PixelPaddingValue": padding} | ({"PixelPaddingRangeLimit": limit} if limit else {})
+    path = write(tmp_path / "x.dcm", padded, bits=16, photometric=photometric, RescaleSlope=1, RescaleIntercept=-24, **tags)
+    found = read_image(path).array[0]
+    expected = stored.copy()
+    expected[0, :2] = darkest
+    real = (-1 - expected.astype(float) if photometric == "MONOCHROME1" else expected) - 24
+    np.testing.assert_array_equal(found, real)
+
+
+def test_all_padding_stays(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.dcm", np.full((3, 4), 7, np.uint16), PixelPaddingValue=7)
+    np.testing.assert_array_equal(read_image(path).array[0], 7)
+
+
+def test_values_in_other_bits_and_signed_bytes_and_half_a_rescale(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"x\.dcm: its values are not in the lowest bits"):
+        read_image(write(tmp_path / "x.dcm", PLANE, HighBit=15))
+    signed = read_image(write(tmp_path / "s.dcm", np.arange(-6, 6, dtype=np.int8).reshape(3, 4), bits=8))
+    assert signed.bits == 16 and signed.array.min() == -6
+    np.testing.assert_array_equal(read_image(write(tmp_path / "a.dcm", PLANE, RescaleSlope=2)).array[0], PLANE * 2.0)
+    np.testing.assert_array_equal(read_image(write(tmp_path / "b.dcm", PLANE, RescaleIntercept=-5)).array[0], PLANE - 5.0)
 
 
 def test_damaged_files_say_so_without_the_patient(tmp_path: Path) -> None:

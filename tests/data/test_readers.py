@@ -225,6 +225,15 @@ def test_masks_keep_their_numbers(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_mask(tmp_path / "bits.png"), classes > 1)
 
 
+def test_a_mask_in_which_white_is_zero_is_refused_where_it_has_several_bits(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "x.tif", GREY, photometric="miniswhite")
+    with pytest.raises(DataError, match=r"x\.tif: a mask in which 0 is shown white .* save it as PNG"):
+        read_mask(tmp_path / "x.tif")
+    Pillow.fromarray(GREY).save(tmp_path / "y.tif", compression="tiff_lzw", tiffinfo={262: 0})
+    with pytest.raises(DataError, match="shown white"):
+        read_mask(tmp_path / "y.tif")
+
+
 def test_masks_that_are_none(tmp_path: Path) -> None:
     save_png(tmp_path / "c.png", COLOUR)
     np.save(tmp_path / "f.npy", np.full((3, 3), 0.5))

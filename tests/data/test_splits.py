@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omnifm.data.splits import SHARES, assign_splits, main_label
+from omnifm.data.splits import SHARES, assign_splits, crossing, main_label
 
 ROWS = st.lists(st.tuples(st.integers(0, 15), st.sampled_from("abc"), st.sampled_from(["", "", "train", "test"])), max_size=60)
 
@@ -33,6 +33,14 @@ def test_shares_hold_within_each_class() -> None:
 
 def test_a_row_without_split_follows_its_patient() -> None:
     assert assign_splits(["test", "", ""], ["p", "p", "q"], ["", "", ""]) == ["test", "test", "train"]
+
+
+def test_patients_in_train_here_and_in_test_there_are_told_of() -> None:
+    ct = {"train": {"p1", "p2"}, "test": {"p3"}}
+    assert crossing({"ct": ct}) == "" and crossing({"ct": ct, "mr": {"train": {"p1", "p9"}, "val": {"p3"}, "test": {"p8"}}}) == ""
+    told = crossing({"ct": ct, "mr": {"train": {"p9"}, "val": {"p1"}, "test": {"p2"}}})
+    assert told.startswith("cohort ct trains on 2 patient ids that cohort mr validates or tests on") and "p1" not in told
+    assert crossing({"ct": ct, "mr": {"train": {"p3"}}}).startswith("cohort mr trains on 1 patient ids that cohort ct")
 
 
 def test_the_most_frequent_label_counts_and_ties_go_by_the_alphabet() -> None:

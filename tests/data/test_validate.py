@@ -10,6 +10,7 @@ from omnifm.data.cohort import Cohort, Row, write_cohort
 from omnifm.data.validate import Problem, require_valid, validate
 from omnifm.errors import DataError
 from tests.data.builders import classification, noise, save_png, spec
+from tests.data.test_dicom import write as write_dicom
 
 
 def lines(folder: Path) -> list[str]:
@@ -91,6 +92,52 @@ def test_fused_images_have_one_size(tmp_path: Path) -> None:
     pair = [Row("r", "test", image="a.png", image_b="b.png")]
     write_cohort(tmp_path, spec(task="fusion", modality="CT-MRI", classes=None), pair)
     assert lines(tmp_path) == ["manifest.csv row 2: image_b 'b.png': size 8 x 11 differs from the image's 8 x 10"]
+
+
+def test_flat_pairs_have_one_pixel_size_and_one_place(tmp_path: Path) -> None:
+    pixels = noise(8, 8).astype(np.uint16)
+    place = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "ImagePositionPatient": [0, 0, 5], "PixelSpacing": [0.5, 0.5]}
+    write_dicom(tmp_path / "a.dcm", pixels, **place)
+    write_cohort(
+        tmp_path,
+        spec(task="fusion", modality="CT-MRI", classes=None),
+        [Row("r", "test", image="a.dcm", image_b="b.dcm")],
+    )
+    for changes, text in (
+        ({}, ""),
+        ({"PixelSpacing": [0.98, 0.98]}, "pixels of 0.98 x 0.98 mm, the image's are of 0.5 x 0.5 mm: bring both onto one grid"),
+        ({"ImagePositionPatient": [0, 0, 85]}, "lies up to 80.0 mm from where the image lies: bring both onto one grid"),
+    ):
+        write_dicom(tmp_path / "b.dcm", pixels, **(place | changes))
+        assert lines(tmp_path) == ([f"manifest.csv row 2: image_b 'b.dcm': {text}"] if text else [])
+
+
+def test_a_flat_nifti_goes_with_another_one_alone(tmp_path: Path) -> None:
+    mask = np.zeros((8, 8), np.uint8)
+    mask[1, 2] = 1
+    save_png(tmp_path / "a.png", noise(8, 8))
+    nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), tmp_path / "m.nii")
+    keys = spec(task="segmentation", classes=("background", "x"), mask_kind="semantic")
+    write_cohort(tmp_path, keys, [Row("r", "train", image="a.png", mask="m.nii")])
+    (line,) = lines(tmp_path)
+    assert "mask 'm.nii': one of the two is a flat NIfTI, which is stored by columns" in line
+    nibabel.save(nibabel.Nifti1Image(noise(8, 8).astype(np.float32), np.eye(4)), tmp_path / "a.nii")
+    write_cohort(tmp_path, keys, [Row("r", "train", image="a.nii", mask="m.nii")])
+    assert lines(tmp_path) == []
+
+
+def test_where_the_first_volume_says_nothing_no_other_may(tmp_path: Path) -> None:
+    volume = noise(4, 4, 4).astype(np.float32)
+    np.save(tmp_path / "a.npy", volume)
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "b.nii")
+    files = ("a.npy", "b.nii")
+    rows = [Row(name, "train", image=name, label="normal") for name in files]
+    write_cohort(tmp_path, spec(slice_axis=0, classes=("normal", "ill")), rows)
+    assert lines(tmp_path) == [
+        "manifest.csv row 3: image 'b.nii': says how it lies, and the first row's does not: put one that does first"
+    ]
+    write_cohort(tmp_path, spec(slice_axis=0, classes=("normal", "ill")), rows[::-1])
+    assert lines(tmp_path) == []
 
 
 def test_an_image_of_many_questions_is_reported_once(tmp_path: Path) -> None:

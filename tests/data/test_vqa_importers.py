@@ -171,6 +171,17 @@ def test_vqa_rad_of_another_layout(tmp_path: Path) -> None:
         import_vqa_rad(source, tmp_path / "o")
 
 
+def test_two_pictures_of_one_name_are_refused_unless_they_are_the_same(tmp_path: Path) -> None:
+    source = rad(tmp_path / "s", [rad_entry(1, 1)])
+    again = source / "again/synpic1.jpg"
+    again.parent.mkdir()
+    again.write_bytes((source / "VQA_RAD Image Folder/synpic1.jpg").read_bytes())
+    assert len(by_id(import_vqa_rad(source, tmp_path / "o"))) == 1
+    picture(again, 99)
+    with pytest.raises(DataError, match=r"synpic1\.jpg and .*synpic1\.jpg are two pictures of one name"):
+        import_vqa_rad(source, tmp_path / "p")
+
+
 # ---------------------------------------------------------------------------------------------------- VQA-Med
 TRAIN = "ImageClef-2019-VQA-Med-Training"
 VAL = "ImageClef-2019-VQA-Med-Validation"

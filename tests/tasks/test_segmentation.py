@@ -9,7 +9,7 @@ from torch.nn import functional
 from omnifm import build, run, seeds
 from omnifm.config import parse
 from omnifm.data.cohort import Row, write_cohort
-from omnifm.errors import ConfigError
+from omnifm.errors import ConfigError, DataError
 from omnifm.tasks.base import Batch, Features, Inputs, Model, Reading
 from omnifm.tasks.segmentation import Segmentation, SliceSplit, all_background, class_union, outlined
 from tests.data.builders import in_memory, noise, save_png, spec
@@ -87,6 +87,9 @@ def test_the_union_of_classes_has_one_background() -> None:
     }
     assert class_union(make, "name", False) == (("background", "right", "left"), {"a": [0, 1], "b": [0, 2, 1]})
     assert class_union(make, "cohort", False)[0] == ("background", "a/right", "b/left", "b/right")
+    twice = in_memory([], name="c", task="segmentation", classes=("air", "x", "background"), mask_kind="semantic")
+    with pytest.raises(DataError, match="cohort c: class 2 is called background, which is class 0"):
+        class_union({"c": twice}, "name", False)
     assert class_union(make, "name", True) == (("background", "foreground"), {"a": [0, 1], "b": [0, 1, 1]})
 
 

@@ -205,8 +205,17 @@ def kind(word: str, where: str) -> str:
 
 
 def pictures(source: Path) -> dict[str, PurePosixPath]:
-    """Return the pictures below a folder by the names of their files without suffix. Raises DataError if it is no folder."""
-    return {path.stem: path for path in _picture_files(source)}
+    """Return the pictures below a folder by the names of their files without suffix.
+
+    Raises:
+        DataError: it is no folder, or two different pictures have one name.
+    """
+    found: dict[str, PurePosixPath] = {}
+    for path in _picture_files(source):
+        known = found.setdefault(path.stem, path)
+        if known != path and (source / known).read_bytes() != (source / path).read_bytes():
+            raise DataError(f"{source}: {known} and {path} are two pictures of one name: which one do the questions mean?")
+    return found
 
 
 def _picture_files(source: Path) -> Iterator[PurePosixPath]:

@@ -69,7 +69,9 @@ def import_vqa_med(source: Path, folder: Path, *, progress: Progress | None = No
             where = f"{path} line {number}"
             split, only = _split(path.relative_to(source), where), _half(path.name)
             if only:
-                halves.setdefault(split, {"question": {}, "answer": {}})[only][cells[0]] = cells[1]
+                told = halves.setdefault(split, {"question": {}, "answer": {}})[only]
+                if told.setdefault(cells[0], cells[1]) != cells[1]:
+                    raise DataError(f"{where}: a second {only} about image {cells[0]}: which answer belongs to which question?")
                 continue
             if len(cells) not in (3, 4):
                 raise DataError(
