@@ -286,11 +286,10 @@ class Site:
 
     def _draws(self, example: ExampleLevel, job: LocalJob, effort: Effort) -> Iterator[Batch | None]:
         count, size = len(job.data.train), self._config.optimiser.batch_size
-        generator = seeds.generator(self._config.seed, "private batches", job.round, job.client, job.phase)
         for step in range(steps_of(effort, count, size)):
             index = example.draw(job, step)
             batch = job.data.train.batch(index) if len(index) else None
-            yield self.task.augment(batch, generator) if batch is not None and self._config.augmented else batch
+            yield self.task.augment(batch, example.changes(job, step)) if batch is not None and self._config.augmented else batch
 
     def _epoch(self, job: LocalJob, epoch: int, effort: Effort) -> Iterator[Batch]:
         later = ("phase", job.phase) if job.phase else ()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omnifm import seeds
 from omnifm.config import PrivacyConfig
 from omnifm.errors import ConfigError
 from omnifm.federation.noise import stream_key
@@ -66,6 +67,14 @@ class ExampleLevel:
         """Return the examples of a step: (k,) int64, k may be 0."""
         count = len(job.data.train)
         return torch.from_numpy(crypto.uniforms(self._key(job, "draw", step), count) < self.rate(count)).nonzero()[:, 0]
+
+    def changes(self, job: LocalJob, step: int) -> torch.Generator:
+        """Return what draws a step's random changes of images, known to nobody where the noise is not.
+
+        Were it known, one image less would be other changes of all that come after it, and a step would tell of more than one
+        example's clipped gradient.
+        """
+        return seeds.generator(int.from_bytes(self._key(job, "changes", step), "big"), "private batches")
 
     @contextmanager
     def recording(self) -> Iterator[None]:

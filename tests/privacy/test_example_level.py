@@ -24,6 +24,7 @@ from omnifm.federation.messages import Request
 from omnifm.federation.private import statement
 from omnifm.federation.state import LocalJob
 from omnifm.privacy.accounting import epsilon_of_examples
+from omnifm.tasks.base import Batch
 from tests.support import Lab, differing, make_lab
 
 # A batch of everybody: each example is drawn with probability one, so that a plain loop can follow.
@@ -141,6 +142,29 @@ def test_draws_are_by_coin_and_may_be_empty(tmp_path: Path) -> None:
     assert len(sizes) == 2 * 20 * 36 and 0 in sizes and max(sizes) > 1
     # A draw of n examples with 1 / n each: mean 1, variance 1 - 1 / n.
     assert np.mean(sizes) == pytest.approx(1.0, abs=0.1) and np.var(sizes) == pytest.approx(0.88, abs=0.12)
+
+
+def test_changes_of_images_are_unknown_where_the_noise_is_and_repeat_where_it_is_seeded(tmp_path: Path) -> None:
+    """Known ones would be others for all images after one that is left out, and a step would tell of more than one example."""
+
+    def drawn(name: str, noise: str) -> list[torch.Tensor]:
+        lab = private(tmp_path / name, noise=1.0, privacy__noise=noise, data__augment="flip_shift", federation__local_steps=3)
+        seen: list[torch.Tensor] = []
+        augment = lab.task.augment
+
+        def note(batch: Batch, generator: torch.Generator) -> Batch:
+            seen.append(torch.rand(4, generator=generator))
+            return augment(batch, generator)
+
+        lab.task.augment = note  # type: ignore[method-assign]
+        lab.run()
+        return seen
+
+    one, two = drawn("a", "seeded"), drawn("b", "seeded")
+    assert one and len({tuple(draws.tolist()) for draws in one}) == len(one), "each step has its own"
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    secret = [drawn(name, "secret") for name in ("c", "d")]
+    assert not any(torch.equal(a, b) for a, b in zip(*secret, strict=False))
 
 
 def test_seeded_runs_repeat_and_secret_ones_do_not(tmp_path: Path) -> None:
