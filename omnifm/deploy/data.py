@@ -1,8 +1,9 @@
 """Which data whom: a hospital's own cohort and what it knows of the others; the server's none."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omnifm import build
 from omnifm.config import CohortConfig, Config
@@ -13,9 +14,12 @@ from omnifm.data.words import Discretion
 from omnifm.errors import ConfigError, DataError, FederationError
 from omnifm.federation.introduction import Introduction, in_order, introduce
 from omnifm.tasks.base import Task
+from omnifm.tasks.mixed import changed
 
 COLUMNS = ("site", "modality")
 """What a config may part a hospital's cohort by, unless the hospital names other columns."""
+FILES = ("tasks.fusion.vgg", "tasks.vqa.llava.vision", "tasks.vqa.llava.language", "tasks.vqa.llava.connector")
+"""Options of tasks that name a file or a folder of weights."""
 _RESERVED = Discretion()
 
 
@@ -38,8 +42,12 @@ def public(config: Config) -> Config:
     build.task_options(config)
     if strategy.pooled:
         raise ConfigError(f"strategy {config.strategy}: pools all data in one place; across machines nobody may")
-    if config.model.weights not in ("", "imagenet"):
-        raise ConfigError("model.weights: a file of weights does not travel; across machines use '' or 'imagenet'")
+    _require_no_file(config)
+    for kind, changes in config.tasks.get("mixed", {}).get("set", {}).items() if config.task == "mixed" else ():
+        inner = changed(config, kind, changes)
+        if inner.data.cache != config.data.cache:
+            raise ConfigError(f"tasks.mixed.set.{kind}: data.cache: a folder does not travel")
+        _require_no_file(inner)
     entries = tuple(entry.model_copy(update={"path": _name(entry)}) for entry in config.federation.cohorts)
     if len({entry.path for entry in entries}) < len(entries):
         raise ConfigError("federation.cohorts: across machines a cohort is known by its folder's name, and two have the same")
@@ -50,6 +58,18 @@ def public(config: Config) -> Config:
             "engine": config.engine.model_copy(update={"kind": "local", "workers": 1, "ray_address": ""}),
         }
     )
+
+
+def _require_no_file(config: Config) -> None:
+    """Refuse keys that name a file: whoever reads it tells by what it says whether there is one."""
+    if config.model.weights not in ("", "imagenet"):
+        raise ConfigError("model.weights: a file of weights does not travel; across machines use '' or 'imagenet'")
+    for key in FILES:
+        value: Any = config.tasks
+        for part in key.split(".")[1:]:
+            value = value.get(part, "") if isinstance(value, Mapping) else ""
+        if value != "":
+            raise ConfigError(f"{key}: a file of weights does not travel; across machines leave it empty")
 
 
 def _name(entry: CohortConfig) -> str:
