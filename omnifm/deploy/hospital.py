@@ -1,5 +1,6 @@
 """What answers the server's calls where one client's data are."""
 
+import hashlib
 import json
 import logging
 import math
@@ -43,7 +44,8 @@ class Hospital:
     Args:
         cohort: the client's data.
         client: its id.
-        store: folder of private state, on this machine's disk. The ledger of what has left is in it.
+        store: folder of private state, on this machine's disk, a folder in it for each run. The ledger of what has left, in all
+            runs together, is in it.
         cache: folder of decoded images; empty: the user's cache folder.
         policy: what this hospital insists on.
         discretion: what may be told of answers.
@@ -83,7 +85,8 @@ class Hospital:
             )
         except OmnifmError as error:
             log.warning("%s", error)
-            return pack(Call("mistake", {"message": str(error)}))
+            # Where the folder lies may hold a person's name.
+            return pack(Call("mistake", {"message": str(error).replace(f"{self._store.parent}/", "")}))
         except Exception:
             log.exception("client %s: failed", self._client)
             return pack(Call("crash", {"message": _OWN_LOG}))
@@ -101,6 +104,7 @@ class Hospital:
         self._policy.check_request(request)
         started = time.perf_counter()
         opened = self._opened(call.header)
+        self._policy.check_amount(request, opened.examples, opened.config.optimiser.batch_size)
         passed = opened.site.release.watch() if opened.site.release else Passed()
         reply = opened.site.handle(request)
         self._note(Answer.to(request, opened.config, opened.examples, reply, passed), opened.config)
@@ -116,7 +120,8 @@ class Hospital:
         """
         if answer == Answer():
             return
-        delta, noisy = self._policy.delta, bool(config.privacy.example_noise)  # without noise there is no epsilon to tell of
+        # Without noise that nobody knows there is no epsilon to tell of.
+        delta, noisy = self._policy.delta, bool(config.privacy.example_noise) and config.privacy.noise == "secret"
         epsilon = self._ledger.epsilon(delta, answer) if noisy or self._policy.max_epsilon else math.inf
         self._policy.check_epsilon(epsilon)
         self._store.mkdir(parents=True, exist_ok=True)
@@ -135,6 +140,14 @@ class Hospital:
         self._policy.check(config)
         return config.model_copy(update={"data": config.data.model_copy(update={"cache": self._cache})})
 
+    def _place(self, header: Mapping[str, Any]) -> Path:
+        """Return the folder of private state of the server's run: no run reads or removes another one's."""
+        run = header.get("run", "")
+        if not isinstance(run, str):
+            raise FederationError("the server's call has no text for the name of its run")
+        # What the server says becomes no name of a file.
+        return self._store / f"run-{hashlib.sha256(run.encode()).hexdigest()[:16]}" if run else self._store
+
     def _own(self, config: Config) -> Own:
         return own_client(config, self._cohort, self._client, self._discretion, self._policy.columns)
 
@@ -146,14 +159,15 @@ class Hospital:
             own = self._own(config)
             data = data_apart(config, _introductions(header), own)
             self._policy.check(config, len(data.plans))
-            site = build.make_site(config, self._store, data)
+            site = build.make_site(config, self._place(header), data)
             # What the server checks before a run: one that leaves it out gets nothing all the same.
             build.make_schedule(config, site, [plan.id for plan in data.plans])
             self._open = _Open(header, site, config, build.num_train(data, site.task)[self._client])
             asked = {name: value for name, value in dump(config)["privacy"].items() if value}
             if not config.privacy.prototype_clip:
                 del asked["prototype_releases"]  # of nothing
-            log.info("strategy %s, %d clients, privacy %s", config.strategy, len(data.plans), asked)
+            found = (config.strategy, len(data.plans), self._open.examples, asked)
+            log.info("strategy %s, %d clients, %d training examples here, privacy %s", *found)
         return self._open
 
 

@@ -41,19 +41,21 @@ class Answer:
             passed: what of it went through a noisy release. What did not has no noise, whatever the config says of noise.
         """
         privacy, steps = config.privacy, _NOTHING
+        secret = privacy.noise == "secret"  # the server knows the seed of any other, and can take it off
         if request.kind == "train":
             size = config.optimiser.batch_size
-            noise = privacy.example_noise if privacy.example_clip else 0.0
+            noise = privacy.example_noise if privacy.example_clip and secret else 0.0
             steps = Steps(noise, min(1.0, size / examples), steps_of(Effort.of(request.settings), examples, size))
-        return cls(steps, _told(reply, passed) if request.kind in ("train", "describe") else NO_RELEASES)
+        return cls(steps, _told(reply, passed, secret) if request.kind in ("train", "describe") else NO_RELEASES)
 
 
-def _told(reply: Reply, passed: Passed) -> Releases:
-    """Return what leaves besides the weights; one release without noise if any of it has none."""
+def _told(reply: Reply, passed: Passed, secret: bool) -> Releases:
+    """Return what leaves besides the weights; one release without noise if any of it has none that is secret."""
     told = {name for name in reply.extra if not name.startswith(_MASKS)}
     if not told:
         return NO_RELEASES
-    return Releases(min(passed.noises), len(passed.noises)) if passed.noises and told <= passed.names else Releases(0.0, 1)
+    noisy = secret and passed.noises and told <= passed.names
+    return Releases(min(passed.noises), len(passed.noises)) if noisy else Releases(0.0, 1)
 
 
 class Ledger:

@@ -1,5 +1,6 @@
 """What a hospital insists on, whatever the server's config says: a small TOML file of its own."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Policy(BaseModel):
     columns: list[str] = Field(
         list(COLUMNS), description="Columns of the manifest by whose values a config may part the cohort; they get into ids."
     )
+    min_examples: int = Field(0, ge=0, description="Fewest training examples of this hospital that an answer is trained on.")
     max_rounds: int = Field(0, ge=0, description="Most rounds; 0: any number.")
     max_local_epochs: int = Field(
         0, ge=0, description="Most passes over the data in a round, or of fine-tuning before a test; 0: any number."
@@ -75,6 +77,25 @@ class Policy(BaseModel):
             asked = request.settings.get(key, 0)
             if most and not (isinstance(asked, int) and asked <= most):
                 short.append(f"{key} = {asked!r} in a request, at most {most} are allowed")
+        if short:
+            raise FederationError(f"refused by this hospital's policy: {'; '.join(short)}")
+
+    def check_amount(self, request: Request, examples: int, batch_size: int) -> None:
+        """Raise FederationError if a request is for more passes over the data than may be, or for less of the data.
+
+        Args:
+            request: the server's.
+            examples: the client's training examples.
+            batch_size: of a step.
+        """
+        short, steps = [], request.settings.get("steps") or 0
+        if request.settings.get("budget"):
+            short.append("a number of examples in a request, which pooled data alone have")
+        most = self.max_local_epochs * math.ceil(examples / batch_size)
+        if most and steps > most:
+            short.append(f"steps = {steps} in a request, {self.max_local_epochs} passes over the data are {most}")
+        if request.kind == "train" and examples < self.min_examples:
+            short.append(f"{examples} training examples, at least {self.min_examples} are wanted")
         if short:
             raise FederationError(f"refused by this hospital's policy: {'; '.join(short)}")
 

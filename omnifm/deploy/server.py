@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from omnifm import run
+from omnifm import run, seeds
 from omnifm.config import dump, load, one_line
 from omnifm.deploy.board import Board
 from omnifm.deploy.certs import Folder, public_bytes
@@ -28,6 +28,7 @@ from omnifm.track.folder import read_json, write_json
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0
+_ID_BYTES = 16
 _TURN_SECONDS = 30.0
 """Time that `serve` may take to say which run it has started."""
 _FORMAT = "%(asctime)s %(name)s %(message)s"
@@ -162,6 +163,11 @@ def _said_before(job: Job) -> list[Introduction]:
     return [read_introduction(json.dumps(one)) for one in found]
 
 
+def _run_id(job: Job) -> str:
+    """Return the name by which hospitals know this run's private state from any other's; empty for one begun without."""
+    return str(read_json(job.introductions).get("run", "")) if job.introductions.is_file() else seeds.secret(_ID_BYTES).hex()
+
+
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
@@ -174,12 +180,13 @@ def serve_job(job: Job, carrier: Carrier) -> None:
     keys = {client: public_bytes(Folder(job.certs).node_public(client)) if job.certs else b"" for client in job.clients}
     roster = Roster(carrier, keys, dump(config), board.heard, _said_before(job))
     introductions = roster.gather()
-    write_json(job.introductions, {"clients": [one.model_dump(mode="json") for one in introductions]})
-    header = {"config": dump(config), "introductions": [one.model_dump(mode="json") for one in introductions]}
+    data = data_apart(config, introductions)  # before they are kept: what cannot be is asked for anew at the next start
+    told = {"run": _run_id(job), "clients": [one.model_dump(mode="json") for one in introductions]}
+    write_json(job.introductions, told)
+    header = {"config": dump(config), "run": told["run"], "introductions": told["clients"]}
     patience = Patience(config.federation.min_replies, config.federation.deadline)
     engine = RemoteEngine(carrier, job.clients, roster.find, header, patience, board.accounts)
     board.state("training")
-    data = data_apart(config, introductions)
     run.execute(config, job.out, resume=True, watch=board.event, elsewhere=run.Elsewhere(data, engine))
     board.state("finished")
 

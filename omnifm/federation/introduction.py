@@ -5,6 +5,7 @@ questions are asked, what the hospital lets out of their words too.
 """
 
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from omnifm.errors import FederationError
 MOST_EXAMPLES = 1_000_000
 """Rows of a split; each of them is a number in split.json, whoever said how many there are."""
 MOST_CLASSES = 10_000
+MOST_BYTES = 2 * 2**20
 Count = Annotated[int, Field(ge=0, le=MOST_EXAMPLES)]
 
 
@@ -76,6 +78,9 @@ def read_introduction(text: str | bytes) -> Introduction:
         raise FederationError(f"an introduction cannot be read: {one_line(error)}") from None
     if len(found.spec.classes) > MOST_CLASSES:
         raise FederationError(f"client {found.client}: introduces itself with {len(found.spec.classes)} classes")
+    # It goes to every hospital with every request, as ASCII.
+    if (size := len(json.dumps(found.model_dump(mode="json")))) > MOST_BYTES:
+        raise FederationError(f"client {found.client}: introduces itself with {size} bytes, at most {MOST_BYTES} are taken")
     return found.model_copy(update={"spec": bare(found.spec)})
 
 

@@ -122,6 +122,13 @@ def test_a_round_that_is_asked_for_twice_counts_twice_and_steps_count_as_asked(d
     assert json.loads(asked.path.read_text())["steps"] == [{"noise_multiplier": 1.0, "rate": 4 / EXAMPLES, "count": 5 * steps}]
 
 
+def test_noise_from_a_seed_that_the_server_knows_counts_as_none(data: Path, tmp_path: Path) -> None:
+    asked = Asked(data, make_config(data, **PRIVATE, noise="seeded"), tmp_path)
+    assert isinstance(asked("train"), Reply)
+    assert math.isinf(Ledger(asked.path).epsilon(DELTA))
+    assert json.loads(asked.path.read_text())["steps"][0]["noise_multiplier"] == 0.0
+
+
 def test_what_would_be_too_much_does_not_leave_and_does_not_count(data: Path, tmp_path: Path) -> None:
     config, steps = make_config(data, **PRIVATE), EXAMPLES // 4
     one, two = (epsilon_of_examples(1.0, DELTA, n * steps, 4 / EXAMPLES) for n in (1, 2))

@@ -127,7 +127,7 @@ def test_its_commands_with_killed_servers_leave_what_one_process_leaves(
     require_same_weights(served.run, one)
     for cohort in cohorts:
         client = f"{cohort.name}-0"
-        ours = sorted((machines.folder(cohort.name) / f"hospital-{client}" / "private" / client).glob("*"))[-1]
+        ours = sorted((machines.folder(cohort.name) / f"hospital-{client}" / "private").glob(f"run-*/{client}/*"))[-1]
         assert jobs.contents(ours) == jobs.contents(one / "checkpoint" / "clients" / client / ours.name)
     assert machines.at_server(page.status).wait() == 0
     assert "finished, round 3 of 3" in place.said("status")
