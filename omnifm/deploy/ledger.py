@@ -16,7 +16,7 @@ from omnifm.federation.effort import Effort, steps_of
 from omnifm.federation.messages import Reply, Request
 from omnifm.federation.release import Passed
 from omnifm.privacy.accounting import NO_RELEASES, Releases, Steps, epsilon_of_all
-from omnifm.track.folder import read_json, write_json
+from omnifm.track.folder import read_json, sync_folder, write_json
 
 _MASKS = "secagg/"
 _NOTHING = Steps(math.inf, 1.0, 0)
@@ -87,6 +87,7 @@ class Ledger:
         steps = _summed([*map(asdict, self._steps), asdict(answer.steps)])
         releases = _summed([*map(asdict, self._releases), asdict(answer.releases)])
         write_json(self._path, {"steps": steps, "releases": releases})
+        sync_folder(self._path.parent)
         self._steps, self._releases = [Steps(**s) for s in steps], [Releases(**r) for r in releases]
 
 

@@ -36,6 +36,15 @@ def write_text(path: Path, text: str) -> None:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+def sync_folder(folder: Path) -> None:
+    """Wait until names in a folder are on the disk: after a power cut a renamed file may otherwise be the old one again."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
+
+
 def remove_partials(folder: Path) -> None:
     """Remove what killed writes left below `folder`, those of `federation.store` too. For a folder that nobody else writes to."""
     for path in folder.rglob(".*.part"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import stat
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,14 @@ def test_what_is_added_in_any_order_is_worth_what_all_of_it_is(
     assert ledger.epsilon(DELTA) == pytest.approx(whole, rel=1e-9)
     assert Ledger(path).epsilon(DELTA) == ledger.epsilon(DELTA)
     assert Ledger(path).epsilon(DELTA, Answer(Steps(1.0, 1.0, 3))) >= ledger.epsilon(DELTA)
+
+
+def test_an_entry_is_on_the_disk_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut may otherwise bring back the ledger from before an answer that has left."""
+    synced: list[bool] = []
+    monkeypatch.setattr("os.fsync", lambda place: synced.append(stat.S_ISDIR(os.fstat(place).st_mode)))
+    Ledger(tmp_path / "ledger.json").add(Answer(Steps(1.0, 0.5, 3)))
+    assert synced == [False, True], "first what is in the file, then its name"
 
 
 def test_of_volumes_slices_count(tmp_path: Path) -> None:
