@@ -166,8 +166,8 @@ class Hospital:
             asked = {name: value for name, value in dump(config)["privacy"].items() if value}
             if not config.privacy.prototype_clip:
                 del asked["prototype_releases"]  # of nothing
-            found = (config.strategy, len(data.plans), self._open.examples, asked)
-            log.info("strategy %s, %d clients, %d training examples here, privacy %s", *found)
+            log.info("strategy %s, %d clients, privacy %s", config.strategy, len(data.plans), asked)
+            log.info("%d training examples here", self._open.examples)
         return self._open
 
 

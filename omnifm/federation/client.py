@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from omnifm import seeds
 from omnifm.config import CompressionConfig, EngineConfig, OptimiserConfig, PrivacyConfig
-from omnifm.errors import ConfigError, FederationError
+from omnifm.errors import ConfigError, FederationError, NotFiniteError
 from omnifm.federation import sharing
 from omnifm.federation.aggregation import shortened
 from omnifm.federation.compression import Compression
@@ -34,10 +34,6 @@ RESIDUAL = "residual:"
 """Prefix there of what compression holds back for the client's next upload."""
 POOLED = "pooled"
 """Name of the client that holds everybody's data (`centralised`)."""
-
-
-class NotFiniteError(FederationError):
-    """A client's own training, or what it keeps or scores, gave a number that is none."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +193,7 @@ class Site:
         job = self._job(request, state, float(settings.get("finetune_lr") or 0.0), training=False)
         with seeds.scope(self._config.seed, "evaluate", request.round, request.client):
             self.strategy.begin(job)
+            self._settle(job)
             if settings.get("finetune_epochs"):
                 self.task.begin_training(self.model, request.round)
                 try:
@@ -205,7 +202,6 @@ class Site:
                     if not self.strategy.tolerates_nonfinite:
                         raise
                     return self._reply(request, len(job.data.train))  # no state of the metric: no score
-        self._settle(job)
         states = self._score(request.client, job.data.split(settings["split"]), partial(self._predict, job))
         sharing.require_finite(states, request.label, "a prediction is not finite")
         return self._reply(request, len(job.data.train), extra=states)
@@ -362,15 +358,19 @@ class Site:
         return torch.autocast(self._config.device.type, torch.bfloat16, enabled=self._config.engine.precision == "bf16")
 
     def _settle(self, job: LocalJob) -> None:
-        """Make the model ready to predict."""
+        """Fill running statistics that were dropped."""
         train, size = job.data.train, 4 * self._config.optimiser.batch_size
         some = (index for index in torch.arange(len(train)).split(size) if len(index) > 1)
-        passes = (partial(self._predict, job, train.batch(index)) for index in some)
+        passes = (partial(self._answer, job, train.batch(index)) for index in some)
         sharing.settle(self.model, self.sharing.dropped, job.client, passes)
 
-    @torch.no_grad()
     def _predict(self, job: LocalJob, batch: Batch) -> Tensor:
         """Return the model's predictions for a batch, on the CPU."""
+        self.model.eval()
+        return self._answer(job, batch)
+
+    @torch.no_grad()
+    def _answer(self, job: LocalJob, batch: Batch) -> Tensor:
         batch = self.strategy.prepare(job, batch.to(self._config.device, self._format))
         with self._autocast():
             prediction = self.task.predict(self.model, batch)

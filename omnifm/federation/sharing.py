@@ -150,7 +150,9 @@ def settle(model: nn.Module, dropped: Collection[str], client: str, passes: Iter
     """
     model.eval()
     parts = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    norms = [(part, part.momentum) for name, part in parts if f"{name}.running_mean" in dropped]
+    # What a strategy has put in their place (Ditto's own model has some) stays.
+    new = [(name, part) for name, part in parts if part.num_batches_tracked is not None and not int(part.num_batches_tracked)]
+    norms = [(part, part.momentum) for name, part in new if f"{name}.running_mean" in dropped]
     if not norms:
         return
     for norm, _ in norms:

@@ -75,7 +75,7 @@ def server_state(out: Path) -> dict[str, Any]:
 
 def private_state(folder: Path) -> dict[str, Any]:
     """Return the newest state of every hospital."""
-    newest = {c: max((folder / c / c).glob("*.safetensors"), default=None) for c in CLIENTS}
+    newest = {c: max((folder / c).glob(f"run-*/{c}/*.safetensors"), default=None) for c in CLIENTS}
     return {c: path and (path.name, jobs.contents(path)) for c, path in newest.items()}
 
 
@@ -105,12 +105,13 @@ def test_after_thirty_faults_the_result_is_that_of_the_replies_that_counted(data
 
 def test_a_full_disk_at_a_hospital_is_one_line_and_its_state_stays_as_it_was(data: Path, tmp_path: Path) -> None:
     """Round 1 cannot be kept at scan-1. Once there is room the run goes on, to the end that it would have had anyway."""
+    own = "homes/scan-1/run-*/scan-1"
 
     class Filling(Calm):
         full = True
 
         def send(self, node: int, blob: bytes) -> str:
-            if self.full and self.client_at(node) == "scan-1" and (tmp_path / "homes/scan-1/scan-1/000001.safetensors").exists():
+            if self.full and self.client_at(node) == "scan-1" and list(tmp_path.glob(f"{own}/000001.safetensors")):
                 with full_disk():
                     return super().send(node, blob)
             return super().send(node, blob)
@@ -120,7 +121,7 @@ def test_a_full_disk_at_a_hospital_is_one_line_and_its_state_stays_as_it_was(dat
     with pytest.raises(FederationError, match=line):
         serve(config(data, 3), carrier, tmp_path / "run")
     assert server_state(tmp_path / "run")["rounds"] == 1
-    assert [p.name for p in (tmp_path / "homes/scan-1/scan-1").iterdir()] == ["000001.safetensors"]
+    assert [p.name for p in tmp_path.glob(f"{own}/*")] == ["000001.safetensors"]
     carrier.full = False
     serve(config(data, 3), carrier, tmp_path / "run")
     serve(config(data, 3), Calm(hospitals(data, tmp_path / "others")), tmp_path / "calm")
