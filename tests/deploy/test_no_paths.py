@@ -12,25 +12,10 @@ from omnifm import build
 from omnifm.config import dump
 from omnifm.deploy.data import FILES, public
 from omnifm.deploy.hospital import Hospital
-from omnifm.engines.calls import Call, pack, unpack
+from omnifm.engines.calls import Call
 from omnifm.federation.messages import Request, encode
+from tests.deploy.test_server import said
 from tests.run import jobs
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jobs.data_folder(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def hospital(data: Path, tmp_path: Path) -> Hospital:
-    return Hospital(data / "scan", "scan-0", tmp_path / "private", str(data / "cache"))
-
-
-def said(hospital: Hospital, call: Call) -> str:
-    answer = unpack(hospital.answer(pack(call)))
-    return f"{answer.kind}: {answer.header.get('message', '')}"
-
 
 INSIDE: tuple[dict[str, Any], ...] = (
     {"model.weights": "{}"},

@@ -20,11 +20,6 @@ from tests.deploy.test_server import CLIENTS, private, remembered, serve
 from tests.run import jobs
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jobs.data_folder(tmp_path_factory.getbasetemp())
-
-
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     hurry(monkeypatch)

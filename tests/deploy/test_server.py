@@ -38,11 +38,6 @@ CLIENTS = ("scan-0", "scan-1", "echo-0", "echo-1")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jobs.data_folder(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run in one process."""
     return jobs.finished(tmp_path_factory.getbasetemp(), "omnifm")
@@ -250,11 +245,6 @@ def test_a_server_started_again_needs_nobody_who_is_away_if_enough_are_there(
     serve(config, post, tmp_path / "apart")
     rounds = [e for e in jobs.lines(tmp_path / "apart" / "events.jsonl") if e["event"] == "round"]
     assert [e["missing"] for e in rounds] == [["echo-1"]] * 3
-
-
-@pytest.fixture
-def hospital(data: Path, tmp_path: Path) -> Hospital:
-    return Hospital(data / "scan", "scan-0", tmp_path / "private", str(data / "cache"))
 
 
 def said(hospital: Hospital, call: Call) -> str:
