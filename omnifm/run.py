@@ -6,7 +6,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +27,7 @@ from omnifm.tasks.base import Task
 from omnifm.track.checkpoint import Checkpoint
 from omnifm.track.examples import save_examples
 from omnifm.track.folder import environment, note_commit, read_json, write_config, write_json
+from omnifm.track.lock import locked
 from omnifm.track.recorder import RunRecorder, Watcher
 from omnifm.track.snapshots import save_bank
 from omnifm.track.summary import totals
@@ -33,6 +36,8 @@ T = TypeVar("T")
 
 VALIDATION = "validation.json"
 """What a run that sees no test split leaves last."""
+LOCK = "run.lock"
+"""Held by the process that works in a run folder."""
 _ANEW = "start anew with another --out"
 _LAST = ("metrics.json", "report.html")
 _SNAPSHOTS = 10
@@ -126,17 +131,16 @@ def _conduct(
     build.strategy_options(config)  # a misspelt option must not wait for the images
     build.task_options(config)
     build.check_engine(config)
-    parts = _assemble(config, out, elsewhere, watch)
+    with ExitStack() as held:
+        parts = _assemble(config, out, elsewhere, watch, partial(_claim, config, out, resume, held))
+        held.callback(parts.engine.close)
+        held.callback(parts.recorder.close)
 
-    def work() -> dict[str, Any]:
-        _train(parts, *_start(parts, resume))
-        return end(parts)
+        def work() -> dict[str, Any]:
+            _train(parts, *_start(parts, resume))
+            return end(parts)
 
-    try:
         return parts.engine.host(work)
-    finally:
-        parts.recorder.close()
-        parts.engine.close()
 
 
 def _validation(parts: _Parts) -> dict[str, Any]:
@@ -156,7 +160,7 @@ def require_usable(config: Config, out: Path, *, resume: bool, last: Sequence[st
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out}: is a file, not a folder")
     # A start that was killed while it wrote its first file leaves a partial one.
-    if not out.exists() or all(path.suffix == ".part" for path in out.iterdir()):
+    if not out.exists() or all(path.suffix == ".part" or path.name == LOCK for path in out.iterdir()):
         return False
     if not (out / "config.toml").is_file():
         raise CheckpointError(f"{out}: is not empty and holds no run; name another folder with --out")
@@ -169,13 +173,13 @@ def require_usable(config: Config, out: Path, *, resume: bool, last: Sequence[st
     return all((out / name).is_file() for name in last)
 
 
-def _assemble(config: Config, out: Path, elsewhere: Elsewhere | None, watch: Watcher | None) -> _Parts:
+def _assemble(config: Config, out: Path, elsewhere: Elsewhere | None, watch: Watcher | None, claim: Callable[[], None]) -> _Parts:
     checkpoint = Checkpoint(out / "checkpoint")
     data = elsewhere.data if elsewhere else build.load_data(config)
     site = build.make_site(config, checkpoint.clients, data)
     task, strategy = site.task, site.strategy
     schedule = build.make_schedule(config, site, [p.id for p in data.plans])
-    _claim(config, out)
+    claim()
     recorder = RunRecorder(out, checkpoint, task.primary, watch)
     engine = elsewhere.engine if elsewhere else build.make_engine(config, site, checkpoint.clients)
     sizes = {p.id: {"train": len(p.train), "val": len(p.val), "test": len(p.test)} for p in data.plans}
@@ -184,12 +188,17 @@ def _assemble(config: Config, out: Path, elsewhere: Elsewhere | None, watch: Wat
     return _Parts(config, out, data, task, strategy, site, engine, evaluator, schedule, checkpoint, recorder)
 
 
-def _claim(config: Config, out: Path) -> None:
-    """Make the folder this run's. The config is its first file: a folder without one is nobody's and cannot be resumed."""
+def _claim(config: Config, out: Path, resume: bool, held: ExitStack) -> None:
+    """Make the folder this run's, and this process the only one there while `held` is open.
+
+    The config is its first file but for the lock: a folder without one is nobody's and cannot be resumed.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be made ({error.strerror})") from None
+    held.enter_context(locked(out / LOCK, "run"))
+    require_usable(config, out, resume=resume)  # another process may have been here since it was asked first
     if not (out / "config.toml").is_file():
         write_config(out / "config.toml", dump(config))
 

@@ -14,11 +14,11 @@ from omnifm.deploy.certs import Folder, require_cryptography
 from omnifm.deploy.hospital import Hospital
 from omnifm.deploy.policy import Policy, read_policy
 from omnifm.deploy.processes import Child, complaint, environment, free_port, require_flower, require_loopback
-from omnifm.deploy.server import locked
 from omnifm.deploy.tls import refusal
 from omnifm.engines.loopback import PLACE, Listener
 from omnifm.errors import CheckpointError, ConfigError
 from omnifm.federation.wire import CLIENT
+from omnifm.track.lock import locked
 
 log = logging.getLogger(__name__)
 

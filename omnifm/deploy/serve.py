@@ -15,10 +15,11 @@ from omnifm.deploy.app import CONNECTION, superlink_command, write_app, write_ho
 from omnifm.deploy.certs import Folder, require_cryptography
 from omnifm.deploy.data import public
 from omnifm.deploy.processes import Child, environment, is_open, last_words, program, require_flower, require_loopback
-from omnifm.deploy.server import CONFIG, JOB, Job, is_locked, locked
+from omnifm.deploy.server import CONFIG, JOB, Job
 from omnifm.errors import CheckpointError, ConfigError, FederationError
 from omnifm.run import require_usable
 from omnifm.track.folder import read_json, write_config, write_text
+from omnifm.track.lock import is_locked, locked
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Server:
             OmnifmError: it cannot start, or the run ended in an error.
         """
         self._make_folder()
-        with locked(self.job.serving):
+        with locked(self.job.serving, "server"):
             try:
                 self._prepare()
                 self._start_superlink()

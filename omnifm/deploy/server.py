@@ -1,6 +1,5 @@
 """The server's program, which Flower's ServerApp runs. Without data, it waits for the hospitals and runs the one round loop."""
 
-import fcntl
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from omnifm.engines.remote import Patience, RemoteEngine
 from omnifm.errors import CheckpointError, FederationError, OmnifmError
 from omnifm.federation.introduction import Introduction, read_introduction
 from omnifm.track.folder import read_json, write_json
+from omnifm.track.lock import is_locked, locked
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def main(carrier: Carrier) -> None:
     """Serve the job that the environment names; leave an outcome in its folder."""
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=_FORMAT)
     job = read_job(Path(os.environ[JOB]))
-    with locked(job.lock), _logged(job.log):
+    with locked(job.lock, "server"), _logged(job.log):
         threading.Thread(target=_end_with_serve, args=(job, _text(job.ticket)), daemon=True).start()
         try:
             serve_job(job, carrier)
@@ -189,30 +189,3 @@ def serve_job(job: Job, carrier: Carrier) -> None:
     board.state("training")
     run.execute(config, job.out, resume=True, watch=board.event, elsewhere=run.Elsewhere(data, engine))
     board.state("finished")
-
-
-@contextmanager
-def locked(path: Path, who: str = "server") -> Iterator[None]:
-    """Hold a lock that ends with this process, however that ends. Raises CheckpointError if another one holds it.
-
-    Args:
-        path: the file.
-        who: may hold it, in words.
-    """
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(f"{path}: another {who} works in this folder") from None
-        yield
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock."""
-    if not path.is_file():
-        return False
-    try:
-        with locked(path):
-            return False
-    except CheckpointError:
-        return True

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omnifm.deploy.board import STATUS_FILE
-from omnifm.deploy.server import is_locked
 from omnifm.deploy.words import COLUMNS, NUMBERS, cells, headline
 from omnifm.errors import CheckpointError
 from omnifm.track.folder import read_json
+from omnifm.track.lock import is_locked
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -21,13 +21,14 @@ from omnifm.deploy.board import STATUS_FILE
 from omnifm.deploy.data import public
 from omnifm.deploy.hospital import Hospital
 from omnifm.deploy.policy import Policy
-from omnifm.deploy.server import Job, is_locked, locked, main, read_job, serve_job
+from omnifm.deploy.server import Job, main, read_job, serve_job
 from omnifm.deploy.status import read_status
 from omnifm.engines.calls import Call, pack, unpack
 from omnifm.engines.parcels import Node
 from omnifm.errors import CheckpointError, FederationError
 from omnifm.federation.messages import Reply, Request, decode, encode
 from omnifm.track.folder import write_config
+from omnifm.track.lock import is_locked, locked
 from tests.deploy.post import Bay, Post, hurry, open_bays
 from tests.run import jobs
 from tests.tasks.test_vqa import raw_config
@@ -337,15 +338,6 @@ def _quick_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("omnifm.engines.remote._POLL_SECONDS", 0.0)
 
 
-def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
-    path = tmp_path / "server.lock"
-    with locked(path):
-        assert is_locked(path)
-        with pytest.raises(CheckpointError, match="another server works in this folder"), locked(path):
-            pass
-    assert not is_locked(path)
-
-
 def test_status_of_nothing_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"holds no {STATUS_FILE}"):
         read_status(tmp_path)
@@ -371,7 +363,7 @@ def test_the_server_program_ends_with_who_serves(tmp_path: Path, how: str) -> No
     job.ticket.write_text("1")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMNIFM_SERVER": str(out / "flower" / "job.json")}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(job.serving))
+        stack.enter_context(locked(job.serving, "server"))
         program = subprocess.Popen([sys.executable, "-c", PROGRAM], env=env, stdout=subprocess.PIPE, text=True)
         assert program.stdout is not None and program.stdout.readline() == "up\n"
         if how == "serve ends":

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -115,6 +115,22 @@ def test_a_run_that_goes_on_in_another_version_says_so(
     monkeypatch.setattr("omnifm.track.folder.commit", lambda: "another")
     execute(config(data, "fedavg"), run, resume=True)
     assert json.loads((run / "environment.json").read_text())["commit"] == f"{first}..another"
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_second_process_does_not_work_in_the_folder(resume: bool, data: Path, tmp_path: Path, finished: Finished) -> None:
+    run, refused = tmp_path / "run", []
+
+    def meanwhile(event: Mapping[str, object]) -> None:
+        if event["event"] == "round" and not refused:
+            with pytest.raises(CheckpointError) as caught:
+                execute(config(data, "fedper"), run, resume=resume)
+            refused.append(str(caught.value))
+
+    execute(config(data, "fedper"), run, watch=meanwhile)
+    known = "another run works in this folder" if resume else "already holds a run"
+    assert len(refused) == 1 and known in refused[0]
+    assert left_behind(run) == left_behind(finished("fedper"))
 
 
 def test_a_folder_in_use_is_refused(data: Path, tmp_path: Path, finished: Finished) -> None:

@@ -40,6 +40,7 @@ def run(request: pytest.FixtureRequest, finished: Finished) -> Path:
 def test_every_file_is_there_and_nothing_else(run: Path) -> None:
     expected = {
         "config.toml",
+        "run.lock",
         "environment.json",
         "split.json",
         "events.jsonl",
