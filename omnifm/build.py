@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -20,6 +19,7 @@ from omnifm.data.partition import ClientPlan, partition
 from omnifm.data.splits import crossing
 from omnifm.data.vetted import require_vetted
 from omnifm.data.words import Words
+from omnifm.engines.device import device_of, prepare_process
 from omnifm.engines.inprocess import InProcessEngine
 from omnifm.engines.simulation import SimulationEngine, require_simulation
 from omnifm.engines.stage import Stage
@@ -35,7 +35,6 @@ from omnifm.federation.state import ClientInfo, Context, ServerState
 from omnifm.federation.store import ClientStore
 from omnifm.federation.strategy import Strategy, StrategyOptions
 from omnifm.tasks.base import Model, Task, TaskData, TaskOptions
-from omnifm.track.folder import read_json
 
 log = logging.getLogger(__name__)
 
@@ -168,20 +167,6 @@ def read_cohort(config: Config, folder: Path) -> Cohort:
     return cohort
 
 
-def other_cohort(config: Config, out: Path) -> str:
-    """Return the first cohort of the config that is not what it was when the run in `out` began; empty: none is known to be.
-
-    A config's hash has no paths: another folder of the same name has the same. A cohort that is gone may have been right.
-    """
-    recorded = read_json(out / "split.json").get("cohorts", {}) if (out / "split.json").is_file() else {}
-    for entry in config.federation.cohorts if recorded else ():
-        with suppress(DataError):
-            cohort = read_cohort(config, Path(entry.path))
-            if recorded.get(cohort.name, cohort.fingerprint) != cohort.fingerprint:
-                return entry.path
-    return ""
-
-
 def require_readable(config: Config, cohort: Cohort) -> None:
     """Raise DataError unless the run's task trains on cohorts of this kind."""
     reads: frozenset[str] = lookup(TASKS, "task", config.task).reads
@@ -232,10 +217,24 @@ def make_strategy(config: Config, data: Data, task: Task) -> Strategy:
     """Return the strategy of the run."""
     found, options = strategy_options(config)
     clients = tuple(ClientInfo(plan.id, plan.modality) for plan in data.plans)
+    return found(options, make_context(config, clients, task, pooled=found.pooled))
+
+
+def make_context(config: Config, clients: tuple[ClientInfo, ...], task: Task, *, pooled: bool) -> Context:
+    """Return what a strategy is told of the federation. Statistics that a client keeps are everybody's where data are pooled."""
     federation, buffers = config.federation, config.model.buffers
-    budgeted = config.privacy.prototype_clip > 0
-    facts = (buffers, task.one_label_space, federation.weighting, task.label_count, budgeted)
-    return found(options, Context(clients, config.seed, federation.rounds, *facts))
+    return Context(
+        clients,
+        config.seed,
+        federation.rounds,
+        buffers="average" if pooled and buffers == "local" else buffers,
+        one_label_space=task.one_label_space,
+        weighting=federation.weighting,
+        label_count=task.label_count,
+        budgeted=config.privacy.prototype_clip > 0,
+        epochs=federation.local_epochs,
+        per_round=federation.local_steps * config.optimiser.batch_size,
+    )
 
 
 def make_model(config: Config, task: Task, strategy: Strategy) -> Model:
@@ -261,26 +260,6 @@ def make_model(config: Config, task: Task, strategy: Strategy) -> Model:
     except (ValueError, DataError) as error:
         raise ConfigError(f"the model cannot be built: {error}") from None
     return model
-
-
-def device_of(name: str) -> torch.device:
-    """Return the device for `auto | cpu | cuda | mps`. Raises ConfigError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, is_there in there.items() if is_there))
-    if not there[name]:
-        raise ConfigError(f"engine.device = {name!r}: this machine has none (use 'auto')")
-    return torch.device(name)
-
-
-def prepare_process(config: Config) -> torch.device:
-    """Set the threads and the determinism of this process; return its device."""
-    torch.set_num_threads(config.engine.threads)
-    device = device_of(config.engine.device)
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
-    return device
 
 
 def make_site(config: Config, store: Path, data: Data | None = None) -> Site:
@@ -351,22 +330,6 @@ def check_engine(config: Config) -> None:
     """Raise ConfigError unless what the run's engine needs is installed."""
     if config.engine.kind == "flower-simulation":
         require_simulation()
-
-
-def slow_precision(config: Config) -> str:
-    """Return a line if the run asks for bfloat16 on a CPU whose convolutions have none (x86 without AVX-512); else nothing.
-
-    torch computes it there without oneDNN: 5 times float32's time for the U-Net of configs/segmentation.toml on a Zen 3.
-    """
-    asked = config.engine.precision == "bf16" and device_of(config.engine.device).type == "cpu"
-    if not asked or convolves_bf16():
-        return ""
-    return "engine.precision = 'bf16' is several times slower than 'fp32' on this CPU, which has no bfloat16 convolutions"
-
-
-def convolves_bf16() -> bool:
-    """Return whether oneDNN has bfloat16 convolutions for this CPU; without oneDNN nobody knows, and the answer is yes."""
-    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def make_engine(config: Config, site: Site, store: Path) -> InProcessEngine | WorkerEngine | SimulationEngine:

@@ -21,7 +21,7 @@ from omnifm.federation.evaluation import Evaluation, Evaluator
 from omnifm.federation.messages import Reply, Request, decode, encode
 from omnifm.federation.rounds import Engine, run_rounds
 from omnifm.federation.schedule import draw_schedule
-from omnifm.federation.state import ClientInfo, Context, ServerState
+from omnifm.federation.state import ClientInfo, ServerState
 from omnifm.federation.store import ClientStore
 from omnifm.federation.strategy import Strategy
 from omnifm.metrics.base import Metric
@@ -321,10 +321,7 @@ def make_lab(
 def make_strategy(config: Config, hospitals: Sequence[Hospital], task: Task) -> Strategy:
     found, options = build.strategy_options(config)
     infos = tuple(ClientInfo(h.id, h.modality) for h in hospitals)
-    federation, buffers = config.federation, config.model.buffers
-    budgeted = config.privacy.prototype_clip > 0
-    facts = (buffers, task.one_label_space, federation.weighting, task.label_count, budgeted)
-    return found(options, Context(infos, config.seed, federation.rounds, *facts))
+    return found(options, build.make_context(config, infos, task, pooled=found.pooled))
 
 
 class Spy:

@@ -35,7 +35,7 @@ def run(config: Config, set_: Set = [], out: Out = None, resume: Resume = False)
 
 def say_what_is_slow(settings: "config_.Config") -> None:
     """Say in one line what makes the run slow on this machine, if anything does."""
-    from omnifm.build import slow_precision
+    from omnifm.engines.device import slow_precision
 
     if line := slow_precision(settings):
         typer.echo(f"omnifm: {line}", err=True)

@@ -38,7 +38,7 @@ class NeighbourhoodOptions(BaseModel):
     neighbourhood_weights: Literal["soft", "hard"] = Field("soft", description="softmax(cosine / temperature), or one-hot.")
     neighbourhood_temperature: float = Field(0.1, gt=0)
     neighbourhood_shrinkage: float = Field(
-        64.0, ge=0, description="Examples at which a neighbourhood counts as much as the global mean."
+        64.0, ge=0, description="Examples shown at which a neighbourhood counts as much as the global mean."
     )
     neighbourhood_alone: Literal["global", "own"] = Field(
         "global",
@@ -130,7 +130,7 @@ class Neighbourhoods:
         """Add one reply to each neighbourhood by its weight there."""
         own = server.meta["neighbourhoods"][reply.client]
         # Kept apart until the round ends: what a client is sent must not depend on whose reply came before.
-        self._examples[own] = self._examples.get(own, 0) + reply.num_examples
+        self._examples[own] = self._examples.get(own, 0) + self._context.shown(reply.num_examples)
         own_weight = self._context.weight(reply.num_examples)
         for j, weight in enumerate(server.meta["neighbourhood_weights"][reply.client]):
             self._means.setdefault(j, RunningMean()).add(reply.tensors, own_weight * weight)

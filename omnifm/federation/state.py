@@ -23,7 +23,8 @@ class ClientInfo:
 class Context:
     """Facts of the federation that do not change during a run. Clients and modalities are numbered by their place here.
 
-    `budgeted`: what clients tell of their images' spectra has a privacy budget (`LocalJob.release`).
+    `budgeted`: what clients tell of their images' spectra has a privacy budget (`LocalJob.release`). `epochs` and `per_round`:
+    passes of a client's round over its examples, or, where a round is counted in steps, how many it shows (0: it is not).
     """
 
     clients: tuple[ClientInfo, ...]
@@ -34,6 +35,12 @@ class Context:
     weighting: str = "examples"
     label_count: int = 0
     budgeted: bool = False
+    epochs: int = 1
+    per_round: int = 0
+
+    def shown(self, num_examples: int) -> int:
+        """Return how many examples a client with `num_examples` of its own is shown in a round; repeated ones count again."""
+        return self.per_round or self.epochs * num_examples
 
     def weight(self, num_examples: int) -> int:
         """Return a client's weight in a mean: its number of training examples, or 1."""

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from omnifm.build import STRATEGIES, convolves_bf16
+from omnifm.build import STRATEGIES
+from omnifm.engines.device import convolves_bf16
 from omnifm.errors import DataError
 from omnifm.federation.messages import Request
 from omnifm.federation.state import LocalJob
@@ -54,7 +55,7 @@ def test_a_bar_on_a_terminal(omnifm: Command, job: Path, monkeypatch: pytest.Mon
 def test_bfloat16_where_the_cpu_has_none_is_said_in_one_line(omnifm: Command, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = "omnifm: engine.precision = 'bf16' is several times slower than 'fp32' on this CPU"
     for has_it, precision, said in ((False, "bf16", 1), (True, "bf16", 0), (False, "fp32", 0)):
-        monkeypatch.setattr("omnifm.build.convolves_bf16", lambda found=has_it: found)
+        monkeypatch.setattr("omnifm.engines.device.convolves_bf16", lambda found=has_it: found)
         ended = omnifm("run", job, "--set", f'engine.precision="{precision}"', "--out", f"{has_it}-{precision}")
         assert ended.code == 0 and ended.err.count(slow) == said
 

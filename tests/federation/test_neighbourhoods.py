@@ -140,6 +140,14 @@ def test_shrinkage_mixes_by_the_examples_seen(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor.double(), (1 - alpha) * whole + alpha * own, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("changes", "shown"), [({"local_steps": 3}, 3 * 3 * 4), ({"local_epochs": 5}, 5 * 24)])
+def test_examples_count_as_often_as_they_are_shown(changes: dict[str, int], shown: int, tmp_path: Path) -> None:
+    federation = {f"federation__{name}": value for name, value in changes.items()}
+    lab = make_lab(tmp_path, "fedavg", HARD, hospitals=TWO, federation__rounds=1, optimiser__batch_size=4, **federation)
+    server = lab.run()
+    assert server.meta["neighbourhood_examples"][group_of(server)["a"]] == shown  # a, c and e are in it
+
+
 def test_before_the_first_round_everybody_gets_the_same_model(tmp_path: Path) -> None:
     lab = make_lab(tmp_path, "fedavg", HARD, hospitals=TWO, engine=Spy, federation__rounds=1)
     start = lab.start().shared

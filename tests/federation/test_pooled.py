@@ -115,3 +115,15 @@ def test_with_local_steps_pooled_examples_come_from_all_clients_alike(tmp_path: 
     assert sum(counts.values()) == 3 * 6 * 4 * lab.config.optimiser.batch_size, "as many as four clients take in as many steps"
     assert len(counts) == len(HOSPITALS) and max(counts.values()) - min(counts.values()) <= 3
     assert len(set(lab.num_train.values())) > 1
+
+
+def test_statistics_that_clients_keep_are_the_pools_own_where_data_are_pooled(tmp_path: Path) -> None:
+    """Kept by the client `pooled`, they would be nobody's when the real clients are scored."""
+    found = {}
+    for buffers in ("average", "local"):
+        lab = make_lab(tmp_path / buffers, "centralised", model__norm="batch", model__buffers=buffers)
+        server = lab.run()
+        found[buffers] = lab.evaluate(server), server.shared
+    (averaged, theirs), (kept, ours) = found["average"], found["local"]
+    assert kept.views == averaged.views and kept.clients == averaged.clients
+    assert theirs.keys() == ours.keys() and all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
