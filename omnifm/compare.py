@@ -136,7 +136,7 @@ def run_cells(cells: Sequence[Cell], out: Path, jobs: int = 1) -> Iterator[tuple
     """Run what is not finished; yield each cell and `ok`, or the one line that says why it failed."""
     todo = [cell for cell in cells if not finished(cell, out, "metrics.json")]
     yield from ((cell, "ok") for cell in cells if cell not in todo)
-    # Each cell has a process of its own, so that its peak memory is its own.
+    # Side by side each cell has a process of its own, so that its peak memory is its own; one by one, a run forgets the last's.
     yield from side_by_side(_run_cell, todo, out, jobs, lasting=False)
 
 
@@ -171,12 +171,12 @@ def _in_pool(work: Work, cells: Sequence[Cell], out: Path, jobs: int, lasting: b
 
 def finished(cell: Cell, out: Path, last: str) -> bool:
     """Return whether `last`, the last file of a run of this very config on these very cohorts, is in the cell's folder."""
-    from omnifm.build import other_cohort
+    from omnifm.sources import what_changed
 
     path = cell.folder(out) / last
     try:
         same = path.is_file() and read_json(path).get("config_hash") == digest(cell.config)
-        return same and not other_cohort(cell.config, path.parent)
+        return same and not what_changed(cell.config, path.parent)
     except CheckpointError:
         return False  # to be run like the unfinished ones, which makes it a line of the table that names the damaged file
 

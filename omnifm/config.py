@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from omnifm.errors import ConfigError
+from omnifm.paths import anchor
 
 _LATER = ("local_steps", "weighting", "min_replies", "deadline")
 """Keys of `[federation]` that came after results had been published; left at their defaults they change no digest."""
@@ -130,7 +131,7 @@ class OptimiserConfig(Section):
     schedule: Literal["constant", "cosine"] = Field("constant", description="Learning rate over the rounds.")
     batch_size: int = Field(32, ge=1)
     clip_norm: Real = Field(0.0, ge=0.0, description="Largest norm of a step's gradient; 0: no clipping.")
-    finetune_lr: Real | None = Field(None, description="Learning rate before the `finetuned` score; null: `lr`.")
+    finetune_lr: Real | None = Field(None, gt=0.0, description="Learning rate before the `finetuned` score; null: `lr`.")
 
 
 class SecurityConfig(Section):
@@ -320,14 +321,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file is missing or no TOML, or a key is wrong.
     """
     raw = read_toml(path)
-    _anchor(raw, path.resolve().parent)
+    anchor(raw, path.resolve().parent)
     changes: dict[str, Any] = {}
     for override in overrides:
         key, value = parse_override(override)
         put(changes, key, value)
         put(raw, key, value)
-    _anchor(changes, Path.cwd())
-    _anchor(raw, Path.cwd())
+    anchor(changes, Path.cwd())
+    anchor(raw, Path.cwd())
     return parse(raw)
 
 
@@ -353,20 +354,6 @@ def put(raw: dict[str, Any], key: str, value: Any) -> None:
             raise ConfigError(f"--set {key}: {'.'.join(tables[: depth + 1])} is a value, not a table")
         raw = inner
     raw[last] = value
-
-
-def _anchor(raw: dict[str, Any], folder: Path) -> None:
-    """Make relative paths absolute. Absolute ones stay, so a second call with another folder changes nothing."""
-    federation = raw.get("federation")
-    cohorts = federation.get("cohorts") if isinstance(federation, dict) else None
-    for cohort in cohorts if isinstance(cohorts, list) else ():
-        if isinstance(cohort, dict) and isinstance(cohort.get("path"), str):
-            cohort["path"] = str((folder / Path(cohort["path"]).expanduser()).resolve())
-    for table, key in (("model", "weights"), ("data", "cache")):
-        section = raw.get(table)
-        value = section.get(key) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(value, str) and value not in ("", "imagenet"):
-            section[key] = str((folder / Path(value).expanduser()).resolve())
 
 
 def dump(config: Config) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """One run from config to report: build, train round by round, evaluate, leave a folder that says all."""
 
 import json
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,11 +21,13 @@ from omnifm.federation.private import statement
 from omnifm.federation.rounds import Engine, run_rounds
 from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy
+from omnifm.sources import source_record, what_changed
 from omnifm.tasks.base import Task
 from omnifm.track.checkpoint import Checkpoint
 from omnifm.track.examples import save_examples
 from omnifm.track.folder import environment, note_commit, read_json, write_config, write_json
 from omnifm.track.lock import locked
+from omnifm.track.memory import forget_peak, peak_rss_mib
 from omnifm.track.recorder import RunRecorder, Watcher
 from omnifm.track.snapshots import save_bank
 from omnifm.track.summary import totals
@@ -131,6 +131,7 @@ def _conduct(
     build.strategy_options(config)  # a misspelt option must not wait for the images
     build.task_options(config)
     build.check_engine(config)
+    forget_peak()
     with ExitStack() as held:
         parts = _assemble(config, out, elsewhere, watch, partial(_claim, config, out, resume, held))
         held.callback(parts.engine.close)
@@ -168,8 +169,8 @@ def require_usable(config: Config, out: Path, *, resume: bool, last: Sequence[st
         raise CheckpointError(f"{out}: already holds a run; continue it with --resume, or name another folder with --out")
     if digest(load(out / "config.toml")) != digest(config):
         raise CheckpointError(f"{out / 'config.toml'}: the run was started with another config; --resume needs the same one")
-    if other := build.other_cohort(config, out):
-        raise CheckpointError(f"{out / 'split.json'}: cohort {other} is not the one this run was started with; {_ANEW}")
+    if changed := what_changed(config, out):
+        raise CheckpointError(f"{out / 'split.json'}: {changed}; {_ANEW}")
     return all((out / name).is_file() for name in last)
 
 
@@ -233,7 +234,7 @@ def split_record(config: Config, data: build.Data, task: Task) -> dict[str, Any]
         "sha256": plans_digest(data.plans),
         "seed": config.seed,
         "heterogeneity": _measured(data, task),
-        "cohorts": {name: cohort.fingerprint for name, cohort in data.cohorts.items() if cohort.here},
+        **source_record(config, data),
         "clients": [plan.record() for plan in data.plans],
         "simulated": _simulated(data),
     }
@@ -331,16 +332,3 @@ def _client_table(parts: _Parts, found: Evaluation) -> list[dict[str, Any]]:
         }
         for plan in parts.data.plans
     ]
-
-
-def peak_rss_mib(workers: int) -> float:
-    """Return the peak memory of this process and, with workers, of as many of its largest child, MiB."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # getrusage speaks bytes on macOS, KiB elsewhere
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # getrusage starts from the peak of the process that forked this one; the kernel's own mark does not.
-        marks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        own = int(marks[0]) if marks else own
-    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss if workers > 1 else 0
-    return (own + workers * child) / unit

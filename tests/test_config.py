@@ -173,6 +173,32 @@ def test_paths_in_a_file_are_relative_to_it_and_those_of_overrides_to_the_workin
     assert (changed.data.cache, changed.model.weights) == (str(work / "here"), "")
 
 
+def test_paths_of_a_mixture_are_relative_to_the_file_too(tmp_path: Path) -> None:
+    own = {"mixed": {"set": {"fusion": {"model.weights": "w.safetensors", "data.image_size": 96}}}}
+    found = load(write(tmp_path / "configs" / "c.toml", tasks=own))
+    assert found.tasks["mixed"]["set"]["fusion"] == {
+        "model.weights": str(tmp_path / "configs" / "w.safetensors"),
+        "data.image_size": 96,
+    }
+
+
+@pytest.mark.parametrize("path", ["~nobody-has-this-name/x", "a\0b"])
+def test_what_is_no_path_is_one_line_with_its_key(path: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "c.toml", model__weights=path)
+    with pytest.raises(ConfigError, match=r"^model\.weights: ") as caught:
+        load(file)
+    assert "\n" not in str(caught.value) and "\0" not in str(caught.value)
+    file = write(tmp_path / "c.toml", federation__cohorts=[{"path": path}])
+    with pytest.raises(ConfigError, match=r"^federation\.cohorts\.0\.path: "):
+        load(file)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1])
+def test_a_finetuning_rate_that_cannot_be_is_refused_before_training(rate: float) -> None:
+    with pytest.raises(ConfigError, match=r"optimiser\.finetune_lr: "):
+        config(optimiser__finetune_lr=rate)
+
+
 def test_overrides_win_in_their_order(tmp_path: Path) -> None:
     file = write(tmp_path / "c.toml", federation__rounds=3, seed=1)
     found = load(file, ["federation.rounds=5", "federation.rounds=6", "strategy=fedavg"])

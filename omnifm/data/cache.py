@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omnifm.data.cohort import Cohort
+from omnifm.data.manifest import PATH_COLUMNS
 from omnifm.data.orient import Rows
 from omnifm.data.readers import Image
 from omnifm.errors import DataError
@@ -188,6 +189,21 @@ def content_digests(paths: Sequence[Path], folder: Path, cache_dir: Path) -> lis
         with appears_whole(memo_file) as stream:
             stream.write(json.dumps(seen).encode())
     return digests
+
+
+def cohort_contents(cohort: Cohort, cache_dir: Path) -> str:
+    """Return one SHA-256 of all files that a cohort's rows name, masks too.
+
+    Raises:
+        DataError: a file cannot be read, or the cache folder cannot be written.
+    """
+    paths = [cohort.path(i, column) for column in PATH_COLUMNS for i, row in enumerate(cohort.rows) if row.value(column)]
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        digests = content_digests(paths, cohort.folder, cache_dir)
+    except OSError as error:
+        raise DataError(f"cache {cache_dir}: {error.strerror or error} ({error.filename})") from error
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _read_memo(path: Path) -> dict[str, list[Any]]:

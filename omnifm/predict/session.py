@@ -18,6 +18,7 @@ from omnifm.federation.messages import Request
 from omnifm.federation.rounds import held
 from omnifm.predict.cases import Case
 from omnifm.predict.orient import is_slice, turned_back, turned_slice
+from omnifm.sources import what_changed
 from omnifm.tasks.base import Answer, Batch, Task
 from omnifm.track.checkpoint import Checkpoint
 from omnifm.track.folder import read_json
@@ -133,8 +134,10 @@ def open_run(folder: Path, client: str, *, best: bool = False) -> Session:
     clients = [plan.id for plan in data.plans]
     if client not in clients:
         raise ConfigError(f"--client {client}: not in this run; its clients are {', '.join(clients)}")
-    if read_json(folder / "split.json").get("sha256") != plans_digest(data.plans) or build.other_cohort(config, folder):
-        raise CheckpointError(f"{folder / 'split.json'}: the cohorts are not those this run was trained on")
+    changed = what_changed(config, folder, files=False)
+    if read_json(folder / "split.json").get("sha256") != plans_digest(data.plans) or changed:
+        why = f" ({changed})" if changed else ""
+        raise CheckpointError(f"{folder / 'split.json'}: the cohorts are not those this run was trained on{why}")
     server, record = checkpoint.load(name)
     site = build.make_site(config, checkpoint.clients, data)
     tensors = held(site.strategy.shared_for(server, client), site.holds.get(client))
