@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 RESERVED = frozenset({"event", "round", "client", "num_examples", "seconds", "bytes_up", "bytes_down", "discarded"})
 """What the round loop writes into a client's event; a metric of that name would overwrite it."""
-_NUMBERS = frozenset({"loss", "penalty", "effective_rank", "out_of_range", "masked_bytes"})
+_NUMBERS = frozenset({"loss", "penalty", "effective_rank", "spread", "out_of_range", "masked_bytes"})
 _TABLES = frozenset({"retrieval"})
 _NONCE_BYTES = 16
 

@@ -168,24 +168,43 @@ def _share_of(key: str) -> Callable[[ClientEvent], float | None]:
 
 def effective_rank(run: Run) -> Figure | None:
     """Draw the effective rank of the spectral embeddings over the rounds, one line per modality."""
+    caption = (
+        "How many directions the frequency descriptions use, whatever their scale; 1 or below: all lie on a line, or are alike."
+    )
+    data = _by_modality(run, lambda event: event.effective_rank)
+    return _lines(run, data, ("effective-rank", "Effective rank", caption), {"rangemode": "tozero"})
+
+
+def spread(run: Run) -> Figure | None:
+    """Draw how far apart the spectral embeddings of a client lie over the rounds, one line per modality."""
+    caption = (
+        "How far a client's frequency descriptions lie from their mean, squared, the ball's radius being 1. "
+        "A line that falls by orders of magnitude is a collapse: all images come to look alike."
+    )
+    data = _by_modality(run, lambda event: event.spread or None)  # a logarithm has no zero
+    return _lines(run, data, ("spread", "Spread", caption), {"type": "log"})
+
+
+def _by_modality(run: Run, value: Callable[[ClientEvent], float | None]) -> list[Trace]:
     events: dict[str, list[ClientEvent]] = defaultdict(list)
     for event in run.client_events:
-        if event.effective_rank is not None:
+        if value(event) is not None:
             events[run.modality.get(event.client, "unknown")].append(event)
-    if not events:
-        return None
     data: list[Trace] = []
     for modality in sorted(events):
-        rounds, ranks = by_round(events[modality], lambda event: event.effective_rank)
+        rounds, found = by_round(events[modality], value)
         line = {"color": colours(sorted(events))[modality], "dash": dashes(sorted(events))[modality], "width": 2}
         data.append(
-            {"type": "scatter", "mode": "lines+markers", "name": safe(modality), "x": rounds, "y": drawable(ranks), "line": line}
+            {"type": "scatter", "mode": "lines+markers", "name": safe(modality), "x": rounds, "y": drawable(found), "line": line}
         )
-    look = layout(round_axis([e.round for e in run.client_events]), axis("effective rank") | {"rangemode": "tozero"})
-    caption = (
-        "How many directions the frequency descriptions use. A line that falls to 1 or below is a collapse: all images alike."
-    )
-    return figure("effective-rank", "Effective rank", data, look, caption)
+    return data
+
+
+def _lines(run: Run, data: list[Trace], words: tuple[str, str, str], scale: dict[str, Any]) -> Figure | None:
+    """Return lines over the rounds as a figure of this name, title and caption; None without any."""
+    name, title, caption = words
+    look = layout(round_axis([e.round for e in run.client_events]), axis(title.lower()) | scale)
+    return figure(name, title, data, look, caption) if data else None
 
 
 def _stack(name: str, x: list[int], y: Sequence[float | None], colour: str) -> Trace:

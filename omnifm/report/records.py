@@ -181,6 +181,7 @@ class ClientEvent(_Record):
     penalty: float | None = None
     retrieval: dict[str, float] | None = None
     effective_rank: float | None = None
+    spread: float | None = None
 
 
 class BankSize(_Record):

@@ -205,8 +205,8 @@ def _share(part: int, whole: int) -> str:
 
 
 def _bank(run: Run) -> Section | None:
-    found = (bank.bank_map(run), bank.bank_rows(run), bank.retrieval_share(run), bank.effective_rank(run))
-    drawn: list[Block] = [figure for figure in found if figure is not None]
+    draws = (bank.bank_map, bank.bank_rows, bank.retrieval_share, bank.effective_rank, bank.spread)
+    drawn: list[Block] = [figure for draw in draws if (figure := draw(run)) is not None]
     if not drawn:
         return None
     lead = (

@@ -3,9 +3,11 @@
     L_align = mean_b || s_b - (1/k) sum_j S_g[b, j] ||_2^2                        (the paper's Eq. 5)
     L_floor = mean_i max(0, floor - std_b(s_bi))                                  optional
     erank(s) = exp( - sum_i p_i log p_i ),  p_i = sigma_i / sum_j sigma_j         of the centred s
+    spread(s) = mean_i || s_i - mean s ||^2 / rho^2
 
 s: (b, d_s) embeddings; S_g: (b, k, d_s) retrieved prototypes, constants; sigma_i: singular values. Alignment alone is solved
-by a constant s, so the rank is logged and the floor can be switched on.
+by a constant s, so rank and spread are logged and the floor can be switched on. The rank does not know the scale: embeddings
+that shrink towards one point keep it, and the spread tells.
 """
 
 import torch
@@ -65,3 +67,14 @@ def effective_rank(s: Tensor) -> float:
     if total <= _EPS * scale:
         return 0.0
     return float(torch.special.entr(singular / total).sum().exp())
+
+
+def spread(s: Tensor, rho: float) -> float:
+    """Return how far the embeddings lie from their mean, squared, in units of the ball's radius: 0 if all are equal, at most 1.
+
+    Args:
+        s: (n, d_s), n >= 1, in the ball.
+        rho: its radius.
+    """
+    values = s.detach().double()
+    return float((values - values.mean(dim=0)).square().sum(dim=1).mean()) / rho**2

@@ -121,6 +121,7 @@ def events(
             "penalty": 0.05 * float(1 - progress) if has_bank else None,
             "retrieval": {"own": 0.0, "same": same, "other": 1 - same} if has_bank and index else None,
             "effective_rank": float(3 + 6 * progress + rng.normal(0, 0.3)) if has_bank else None,
+            "spread": 0.4 * 0.8**index if has_bank else None,
         }
         lines.append(line)
     by_modality = {modality_of(name): 8 * (index + 1) for name in names}

@@ -34,7 +34,7 @@ def check_schema(figure: Figure) -> None:
 
 def test_a_run_has_all_its_figures_and_plotly_accepts_them(run: Run) -> None:
     found = figures_of(run_page(run))
-    drawn = ["bank-map", "bank-rows", "clients", "effective-rank", "loss", "retrieval", "scores", "sizes", "traffic"]
+    drawn = ["bank-map", "bank-rows", "clients", "effective-rank", "loss", "retrieval", "scores", "sizes", "spread", "traffic"]
     assert sorted(found) == drawn
     for figure in found.values():
         check_schema(figure)

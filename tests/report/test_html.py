@@ -118,7 +118,7 @@ def assert_clean(seen: dict) -> None:  # type: ignore[type-arg]
 def test_a_run_report_draws_its_figures_without_a_fault(run_report: Path, tmp_path: Path) -> None:
     seen = look_at(run_report, tmp_path)
     assert_clean(seen)
-    expected = {"scores", "loss", "clients", "sizes", "traffic", "bank-map", "bank-rows", "retrieval", "effective-rank"}
+    expected = {"scores", "loss", "clients", "sizes", "traffic", "bank-map", "bank-rows", "retrieval", "effective-rank", "spread"}
     assert set(seen["drawn"]) == expected
     assert seen["images"] == 8
 

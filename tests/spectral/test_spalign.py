@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from omnifm.spectral.spalign import effective_rank, spectral_alignment, variance_floor
+from omnifm.spectral.spalign import effective_rank, spectral_alignment, spread, variance_floor
 from tests.spectral.examples import ball
 
 
@@ -50,3 +50,13 @@ def test_effective_rank_of_known_spectra() -> None:
     p = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert effective_rank(p) == pytest.approx(math.exp(entropy))
+
+
+def test_a_spread_tells_of_a_collapse_that_a_rank_does_not_see() -> None:
+    s = ball(40, 6)
+    assert spread(s, 1.0) == pytest.approx(float(s.double().var(dim=0, correction=0).sum()))
+    shrunk = s.mean(dim=0) + 1e-2 * (s - s.mean(dim=0))
+    assert effective_rank(shrunk) == pytest.approx(effective_rank(s), rel=1e-3)
+    assert spread(shrunk, 1.0) == pytest.approx(1e-4 * spread(s, 1.0), rel=1e-3)
+    assert spread(2 * s, 2.0) == pytest.approx(spread(s, 1.0)) and spread(torch.ones(5, 3), 1.0) == 0.0
+    assert spread(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 1.0) == pytest.approx(1.0)

@@ -152,6 +152,8 @@ def test_the_bank_is_drawn_from_the_rounds(finished: Finished) -> None:
         assert share["own"] == 0.0
     ranks = [e["effective_rank"] for e in lines(run / "events.jsonl") if e["event"] == "client"]
     assert all(1 <= rank <= 8 for rank in ranks)
+    spreads = [e["spread"] for e in lines(run / "events.jsonl") if e["event"] == "client"]
+    assert all(0 < spread <= 1 for spread in spreads)
 
 
 def test_the_examples_are_pictures(run: Path) -> None:

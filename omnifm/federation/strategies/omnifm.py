@@ -33,7 +33,7 @@ from omnifm.spectral.gskr import retrieval_counts
 from omnifm.spectral.lloyd import bound, contributions, first_centres, step
 from omnifm.spectral.policies import PolicyName
 from omnifm.spectral.prototypes import prototypes
-from omnifm.spectral.spalign import effective_rank
+from omnifm.spectral.spalign import effective_rank, spread
 from omnifm.tasks.base import Model
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -184,7 +184,7 @@ class OmniFM(Strategy):
         labels = job.labels if bank.per_class else None
         vectors, weight = prototypes(s, bank.prototypes, generator, labels, self.options.rho)
         extra = {"prototypes/vectors": vectors, "prototypes/weight": weight}
-        facts: dict[str, Any] = {"effective_rank": effective_rank(s)}
+        facts: dict[str, Any] = {"effective_rank": effective_rank(s), "spread": spread(s, self.options.rho)}
         if self._retrieved and self._rows is not None:
             row_id, count = retrieval_counts(torch.cat(self._retrieved).cpu(), self._rows)
             extra |= {"retrievals/row_id": row_id, "retrievals/count": count}
