@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from omnifm import seeds
 from omnifm.config import Config, dump, parse, put
 from omnifm.data.readers import Image
 from omnifm.errors import ConfigError, DataError, FederationError
@@ -38,6 +39,8 @@ from omnifm.tasks.base import (
     TaskData,
     TaskOptions,
 )
+
+T = TypeVar("T")
 
 _SEPARATOR = ":"
 
@@ -87,14 +90,15 @@ class MixedBackbone(Backbone):
     Args:
         nets: by task.
         token_dim: width of the tokens that leave.
+        seed: draws the maps.
     """
 
-    def __init__(self, nets: Mapping[str, Backbone], token_dim: int) -> None:
+    def __init__(self, nets: Mapping[str, Backbone], token_dim: int, seed: int = 0) -> None:
         super().__init__()
         self.token_dim = token_dim
         self.group = _groups(nets)
         self.nets = nn.ModuleDict({group: nets[group] for group in dict.fromkeys(self.group.values())})
-        self.enter = nn.ModuleDict({task: _linear(net.token_dim, token_dim) for task, net in nets.items()})
+        self.enter = nn.ModuleDict({task: _linear(net.token_dim, token_dim, seed, "enter", task) for task, net in nets.items()})
 
     def forward(self, inputs: Inputs) -> Features:
         """Return tokens `(b, l, token_dim)`; the context is the inner network's features."""
@@ -104,12 +108,12 @@ class MixedBackbone(Backbone):
 
 
 class MixedHead(Head):
-    """One head per task, each behind a map to its own token width."""
+    """One head per task, each behind a map to its own token width, which `seed` draws."""
 
-    def __init__(self, heads: Mapping[str, Head], widths: Mapping[str, int], token_dim: int) -> None:
+    def __init__(self, heads: Mapping[str, Head], widths: Mapping[str, int], token_dim: int, seed: int = 0) -> None:
         super().__init__()
         self.heads = nn.ModuleDict(heads)
-        self.leave = nn.ModuleDict({task: _linear(token_dim, width) for task, width in widths.items()})
+        self.leave = nn.ModuleDict({task: _linear(token_dim, width, seed, "leave", task) for task, width in widths.items()})
 
     def forward(self, reading: Reading) -> Tensor:
         """Return the prediction of the task that the batch is for."""
@@ -123,9 +127,12 @@ class MixedHead(Head):
         return prediction
 
 
-def _linear(before: int, after: int) -> nn.Module:
-    # Without a bias: what does not change on the way through the path is no change for the head either.
-    return nn.Identity() if before == after else nn.Linear(before, after, bias=False)
+def _linear(before: int, after: int, seed: int, *names: str) -> nn.Module:
+    if before == after:
+        return nn.Identity()
+    with seeds.scope(seed, "init", *names):
+        # Without a bias: what does not change on the way through the path is no change for the head either.
+        return nn.Linear(before, after, bias=False)
 
 
 def _groups(nets: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -240,15 +247,21 @@ class Mixed(Task):
         return ClientData(*(RoutedSplit(data.split(name), self._task_of[client]) for name in ("train", "val", "test")))
 
     def backbone(self) -> Backbone:
-        """Return the backbones of all tasks."""
-        return MixedBackbone({kind: task.backbone() for kind, task in self.tasks.items()}, self.options.token_dim)
+        """Return the backbones of all tasks. Each has the weights that it has without the others, or in a run of its task."""
+        nets = {kind: self._drawn("backbone", task.backbone) for kind, task in self.tasks.items()}
+        return MixedBackbone(nets, self.options.token_dim, self.data.config.seed)
 
     def head(self, token_dim: int) -> Head:
-        """Return the heads of all tasks."""
-        # Built once more for their widths alone; the stream of the head is its own, so nothing depends on it.
-        with torch.random.fork_rng(devices=[]):
-            widths = {kind: task.backbone().token_dim for kind, task in self.tasks.items()}
-        return MixedHead({kind: task.head(widths[kind]) for kind, task in self.tasks.items()}, widths, token_dim)
+        """Return the heads of all tasks, each with the weights that it has without the others."""
+        # Built once more for their widths alone.
+        widths = {kind: self._drawn("backbone", task.backbone).token_dim for kind, task in self.tasks.items()}
+        heads = {kind: self._drawn("head", partial(task.head, widths[kind])) for kind, task in self.tasks.items()}
+        return MixedHead(heads, widths, token_dim, self.data.config.seed)
+
+    def _drawn(self, part: str, make: Callable[[], T]) -> T:
+        """Make a task's part from the stream that a run of this task makes it from: none depends on which others there are."""
+        with seeds.scope(self.data.config.seed, "init", part):
+            return make()
 
     def holds(self, model: Model, client: str) -> frozenset[str]:
         """Return the names of the client's backbone, head and maps, and of everything outside backbone and head."""

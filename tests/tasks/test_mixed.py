@@ -63,6 +63,22 @@ def test_every_client_gets_the_scores_of_its_task(strategy: str, atlas: Path, tm
     assert all("score" not in scores and scores["fusion/vif"] > 0 for scores in references["mean"].values())
 
 
+def initial(raw: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
+    config = parse(raw)
+    return dict(build.make_site(config, folder, build.load_data(config)).model.state_dict())
+
+
+def test_networks_start_alike_whichever_others_there_are(atlas: Path, tmp_path: Path) -> None:
+    both, own = (initial(raw(atlas, "fedper", *names), tmp_path) for names in ((CLASSIFY, FUSE), (FUSE,)))
+    assert {name for name in both if ".fusion." in name} == own.keys()
+    assert all(torch.equal(both[name], tensor) for name, tensor in own.items())
+    alone = raw(atlas, "fedper", FUSE) | {"task": "fusion", "tasks": {}}
+    pairs = {"backbone.": "backbone.nets.fusion.", "head.": "head.heads.fusion."}
+    for name, tensor in initial(alone, tmp_path).items():
+        part = next(prefix for prefix in pairs if name.startswith(prefix))
+        assert torch.equal(both[pairs[part] + name.removeprefix(part)], tensor), name
+
+
 def test_a_client_trains_and_sends_its_own_networks_and_the_path(atlas: Path, tmp_path: Path) -> None:
     config = parse(raw(atlas, "omnifm", CLASSIFY, FUSE))
     site = build.make_site(config, tmp_path / "clients", build.load_data(config))
