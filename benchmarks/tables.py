@@ -106,7 +106,8 @@ def differences(rows: Sequence[Row], table: Table, reference: str) -> str:
     """Return `reference` minus every other method as a Markdown table, one family of comparisons for each participation.
 
     The personal main score, paired by seed: mean and 95 % Student interval, the single seeds, p of the paired t-test as it is and
-    Holm-adjusted over the family. What failed, or shares no seed with the reference, has a line without figures.
+    Holm-adjusted over the family. The same difference on every seed has neither interval nor p: there is no spread to test
+    against. What failed, or shares no seed with the reference, has a line without figures.
 
     Raises:
         ConfigError: no row is called `reference`.

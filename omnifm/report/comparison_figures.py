@@ -48,7 +48,7 @@ def difference_plot(results: Sequence[Paired], id_: str) -> Figure | None:
         {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper", "line": {"color": "#55616e", "dash": "dot"}}
     ]
     caption = f"Own models. Right of the dotted line {reference} has the higher score."
-    caption += " Dot: mean over seeds; whisker: 95 % Student interval, each by itself (none with one seed)."
+    caption += " Dot: mean over seeds; whisker: 95 % Student interval, each by itself (none with one seed, or without a spread)."
     return figure(id_, f"{reference} minus each other method", data, look, caption)
 
 

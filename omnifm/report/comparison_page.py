@@ -25,6 +25,7 @@ from omnifm.report.page import (
     signed,
 )
 from omnifm.report.statistics import (
+    NO_SPREAD,
     WILCOXON_MIN_PAIRS,
     Paired,
     Summary,
@@ -197,7 +198,8 @@ def _differences(comparison: Comparison, reference: str, metric: str) -> Section
         blocks = [Note("Nothing to compare: there is one method, or no seed that two methods share.")]
     lead = (
         f"{reference} minus each other method, seed by seed. Above zero, {reference} has the higher score. Coloured: what the "
-        "t-test finds at 5 % after Holm's adjustment for the number of methods. Without colour nothing is shown, either way."
+        "t-test finds at 5 % after Holm's adjustment for the number of methods. Without colour nothing is shown, either way. "
+        f"No spread: {NO_SPREAD}."
     )
     blocks = [*_commits(comparison, reference), *blocks]
     return Section("differences", "Is the difference real?", tuple(blocks), lead)
@@ -238,17 +240,21 @@ def _difference_row(result: Paired) -> tuple[Cell, ...]:
         Cell(result.b, "strong"),
         Cell("all" if result.participation is None else f"{result.participation:.0%}"),
         Cell(signed(result.difference), tone),
-        _interval(result.student),
-        _interval(result.bootstrap),
+        _interval(result, result.student),
+        _interval(result, result.bootstrap),
         Cell(f"{result.seeds}" + (f" ({result.undefined} pairs undefined)" if result.undefined else "")),
-        Cell("needs 2 seeds", "muted") if result.ttest_holm is None else Cell(f"{result.ttest_holm:.3g}"),
+        _untested(result) if result.ttest_holm is None else Cell(f"{result.ttest_holm:.3g}"),
         too_few if result.wilcoxon is None else Cell(f"{result.wilcoxon:.3g}"),
         too_few if result.holm is None else Cell(f"{result.holm:.3g}"),
     )
 
 
-def _interval(interval: tuple[float, float] | None) -> Cell:
-    return Cell("needs 2 seeds", "muted") if interval is None else Cell(f"{signed(interval[0])} to {signed(interval[1])}")
+def _interval(result: Paired, interval: tuple[float, float] | None) -> Cell:
+    return _untested(result) if interval is None else Cell(f"{signed(interval[0])} to {signed(interval[1])}")
+
+
+def _untested(result: Paired) -> Cell:
+    return Cell("needs 2 seeds" if result.seeds < 2 else "no spread", "muted")
 
 
 def _cost(comparison: Comparison, metric: str) -> Section:

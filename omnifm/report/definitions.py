@@ -132,7 +132,8 @@ COMPARISON = (
         "Paired t-test over the seeds, adjusted for the number of methods compared in the table at one participation. Below .05 "
         "the difference is coloured: believe that one. Where no method differs from the reference, one table in twenty has a "
         "coloured difference, so of many tables read one that you chose beforehand. With few seeds only large differences are "
-        "found: no colour does not mean that two methods are equal.",
+        "found: no colour does not mean that two methods are equal. Without a test, and no part of the adjustment: the same "
+        "difference on every seed, which with few seeds is often chance.",
     ),
     (
         "Wilcoxon, Holm",

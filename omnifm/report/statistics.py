@@ -6,6 +6,8 @@ narrow for few seeds, and Student's  mean ± t_{.975, n-1} · s / sqrt(n),  whic
 Beside it stands the p of the same t-test, Holm-adjusted within a family of comparisons: with thirty methods some interval leaves
 out 0 where nothing differs. Wilcoxon's signed-rank test runs over all (participation, seed) pairs and is adjusted alike
 (S. Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6, 1979).
+Where the difference is the same on every seed, s = 0 says nothing of the spread: an accuracy is a multiple of 1/n, so with two or
+three seeds that is common by chance. There is neither an interval nor a t-test then.
 
 A row is a line of `table.csv`: text by column. A method is named `strategy`, or `strategy:variant` where there is a variant.
 """
@@ -25,6 +27,9 @@ Interval = tuple[float, float]
 BOOTSTRAP_RESAMPLES = 10_000
 # With five pairs the smallest two-sided p is 2/2^5 = .0625: the test could not reject at 5 % whatever the data say.
 WILCOXON_MIN_PAIRS = 6
+NO_SPREAD = "the same difference on every seed: no spread to test against"
+# The scores of a table are rounded to 6 decimals: differences that are equal may be 2e-6 apart in it.
+_ROUNDING = 3e-6
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def paired(rows: Rows, a: str, b: str, metric: str, participation: float | None 
         ttest_holm=None,
         wilcoxon=_wilcoxon(pairs),
         holm=None,
-        note=_note(len(means), len(pairs)),
+        note=_note(means, len(pairs)),
     )
 
 
@@ -154,12 +159,19 @@ def _scores(rows: Rows, method: str, metric: str, participation: float | None) -
     return {(float(row["participation"]), row["seed"]): score(row, metric) for row in chosen}
 
 
-def _note(seeds: int, pairs: int) -> str:
-    if seeds == 0:
+def _note(means: np.ndarray, pairs: int) -> str:
+    if len(means) == 0:
         return "no seed that both methods have a score for"
-    if seeds == 1:
+    if len(means) == 1:
         return "one seed: no interval, no test"
-    return "" if pairs >= WILCOXON_MIN_PAIRS else f"Wilcoxon needs {WILCOXON_MIN_PAIRS} pairs, there are {pairs}"
+    few = "" if pairs >= WILCOXON_MIN_PAIRS else f"Wilcoxon needs {WILCOXON_MIN_PAIRS} pairs, there are {pairs}"
+    return "; ".join(filter(None, ("" if _spread(means) else NO_SPREAD, few)))
+
+
+def _spread(means: np.ndarray) -> float:
+    """Return the standard deviation of the seeds' differences; 0 where there is none, or no more than the table's rounding."""
+    found = float(means.std(ddof=1)) if len(means) > 1 else 0.0
+    return found if found > _ROUNDING else 0.0
 
 
 def compare(rows: Rows, reference: str, metric: str, participation: float | None = None) -> list[Paired]:
@@ -190,7 +202,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _bootstrap_interval(means: np.ndarray, name: str) -> Interval | None:
-    if len(means) < 2:
+    if not _spread(means):
         return None
     # torch comes with omnifm.seeds; a report of a single run must not pay for it.
     from omnifm.seeds import numpy_generator
@@ -201,23 +213,21 @@ def _bootstrap_interval(means: np.ndarray, name: str) -> Interval | None:
 
 
 def _student_interval(means: np.ndarray) -> Interval | None:
-    if len(means) < 2:
+    if not (spread := _spread(means)):
         return None
     from scipy.stats import t
 
-    half = float(t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means)))
+    half = float(t.ppf(0.975, len(means) - 1) * spread / math.sqrt(len(means)))
     return float(means.mean()) - half, float(means.mean()) + half
 
 
 def _ttest(means: np.ndarray) -> float | None:
-    """Return the two-sided p of t = mean / (s / sqrt(n)) with n-1 degrees of freedom."""
-    if len(means) < 2:
+    """Return the two-sided p of t = mean / (s / sqrt(n)) with n-1 degrees of freedom; None without a spread."""
+    if not (spread := _spread(means)):
         return None
     from scipy.stats import t
 
-    mean, error = abs(float(means.mean())), float(means.std(ddof=1)) / math.sqrt(len(means))
-    # The same difference on every seed: the limit of the formula.
-    return 2 * float(t.sf(mean / error, len(means) - 1)) if error else float(mean == 0)
+    return 2 * float(t.sf(abs(float(means.mean())) / (spread / math.sqrt(len(means))), len(means) - 1))
 
 
 def _wilcoxon(pairs: Sequence[float]) -> float | None:

@@ -106,6 +106,13 @@ def test_differences_are_paired_by_seed_within_a_participation(script: Script) -
     ]
 
 
+def test_the_same_difference_on_every_seed_has_neither_interval_nor_p(script: Script) -> None:
+    table = script("plans").Table({}, ("accuracy",))
+    rows = [_row("omnifm", seed, 0.7) for seed in (0, 1)] + [_row("local", seed, 0.6) for seed in (0, 1)]
+    line = "| local | 20% | +10.0 | +10.0, +10.0 |  |  |"
+    assert script("tables").differences(rows, table, "omnifm").splitlines()[2:] == [line]
+
+
 def test_differences_to_what_was_not_run_are_one_line(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     call("--only", "main")
     capsys.readouterr()

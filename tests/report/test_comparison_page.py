@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omnifm.report.comparison_page import comparison_page
 from omnifm.report.load import Comparison, Row
-from omnifm.report.page import Note, Table
+from omnifm.report.page import Cell, Note, Table
 
 
 def comparison(scores: dict[str, list[float]], **changes: dict[str, str]) -> Comparison:
@@ -25,11 +25,16 @@ def comparison(scores: dict[str, list[float]], **changes: dict[str, str]) -> Com
     return Comparison(Path("nowhere"), tuple(rows), (None,) * len(rows), {})
 
 
-def tones(found: Comparison) -> dict[str, str]:
-    """The colour of each method's difference."""
+def differences(found: Comparison) -> dict[str, tuple[Cell, ...]]:
+    """The line of each method in the table of differences."""
     (section,) = [s for s in comparison_page(found).sections if s.id == "differences"]
     (table,) = [block for block in section.blocks if isinstance(block, Table)]
-    return {row[0].text: row[2].tone for row in table.rows}  # type: ignore[union-attr]
+    return {row[0].text: row for row in table.rows}  # type: ignore[union-attr,misc]
+
+
+def tones(found: Comparison) -> dict[str, str]:
+    """The colour of each method's difference."""
+    return {name: row[2].tone for name, row in differences(found).items()}
 
 
 def test_a_difference_is_coloured_by_the_test_that_knows_how_many_there_are() -> None:
@@ -39,6 +44,13 @@ def test_a_difference_is_coloured_by_the_test_that_knows_how_many_there_are() ->
     found |= {"b": [0.7, 0.65, 0.66], "d": [0.89, 0.84, 0.85], "e": [0.92, 0.8, 0.88]}
     assert tones(comparison(found)) == {"c": "", "b": "good", "d": "", "e": ""}
     assert tones(comparison({"a": [0.1, 0.11], "b": [0.9, 0.92]})) == {"b": "bad"}
+
+
+def test_the_same_difference_on_every_seed_is_not_coloured() -> None:
+    line = differences(comparison({"a": [0.75, 0.5], "b": [0.5, 0.25], "c": [0.7, 0.5]}))
+    assert [cell.text for cell in line["b"]][2:7] == ["+0.250", "no spread", "no spread", "2", "no spread"]
+    assert line["b"][2].tone == ""
+    assert "no spread" not in [cell.text for cell in line["c"]]
 
 
 def test_pairs_of_different_commits_are_named() -> None:

@@ -111,15 +111,29 @@ def test_the_t_test_is_scipys_and_is_adjusted_over_the_methods() -> None:
     assert (found["e"].ttest, found["e"].ttest_holm) == (None, None), "one seed is no test, and no part of the family"
 
 
-def test_the_same_difference_on_every_seed_is_certain() -> None:
-    rows = rows_of({"a": by_seed([0.75] * 3), "b": by_seed([0.5] * 3), "c": by_seed([0.75] * 3)})
-    assert [(r.ttest, r.ttest_holm) for r in statistics.compare(rows, "a", METRIC)] == [(0.0, 0.0), (1.0, 1.0)]
+def test_the_same_difference_on_every_seed_has_no_spread_to_test_against() -> None:
+    """No p, no interval and no part of the family: with two or three seeds it is often chance."""
+    scores = {"a": [0.75, 0.5, 0.7], "b": [0.5, 0.25, 0.45], "c": [0.75, 0.5, 0.7], "d": [0.6, 0.4, 0.5]}
+    found = {r.b: r for r in statistics.compare(rows_of({name: by_seed(list(v)) for name, v in scores.items()}), "a", METRIC)}
+    for name, difference in (("b", 0.25), ("c", 0.0)):
+        result = found[name]
+        assert result.difference == pytest.approx(difference)
+        assert (result.ttest, result.ttest_holm, result.student, result.bootstrap) == (None, None, None, None)
+        assert result.note == "the same difference on every seed: no spread to test against; Wilcoxon needs 6 pairs, there are 3"
+    assert found["d"].ttest == found["d"].ttest_holm == pytest.approx(float(ttest_rel(scores["a"], scores["d"]).pvalue))
+
+
+@pytest.mark.parametrize(("last", "tested"), [(0.400002, False), (0.400010, True)])
+def test_a_spread_within_the_tables_rounding_is_none(last: float, tested: bool) -> None:
+    (found,) = statistics.compare(rows_of({"a": by_seed([0.6, 0.5]), "b": by_seed([0.5, last])}), "a", METRIC)
+    assert (found.ttest is not None, found.student is not None, found.bootstrap is not None) == (tested,) * 3
+    assert ("no spread" in found.note) is not tested
 
 
 def test_equal_methods_have_no_difference() -> None:
     rows = rows_of({"a": by_seed([0.5] * 6), "b": by_seed([0.5] * 6)})
     (found,) = statistics.compare(rows, "a", METRIC)
-    assert (found.difference, found.student, found.wilcoxon) == (0.0, (0.0, 0.0), 1.0)
+    assert (found.difference, found.student, found.wilcoxon) == (0.0, None, 1.0)
 
 
 @given(st.lists(st.floats(0, 1), max_size=6))
