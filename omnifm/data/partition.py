@@ -55,12 +55,13 @@ def partition(
       `iid` if `gamma` is 0.
     - `dirichlet`: `clients` clients. For each class the proportions over clients are drawn from Dir(gamma, ..., gamma) (Yurochkin
       et al. 2019; Hsu et al. 2019), anew until every client has `min_examples` train rows (as FL-bench does), and a row to
-      validate and to test on where the cohort has enough of them. Classes are the values of `column`, by default of `label`;
-      without any, gamma governs the clients' sizes.
+      validate and to test on where the cohort has enough of them that are not bound to a client. Classes are the values of
+      `column`, by default of `label`; without any, gamma governs the clients' sizes.
     - `iid`: `clients` equal random parts of each split.
 
-    In the two drawn kinds a patient's rows stay together (counted under the patient's most frequent class); in the others the
-    boundary decides.
+    In the two drawn kinds a patient's rows stay together, and those of an image where no patient is known (counted under the most
+    frequent class): where they are in several splits, those to validate and to test on go to the client that trains on the
+    others. In the other kinds the boundary decides.
 
     Raises:
         DataError: a client would have no training rows, a boundary value is missing, or no draw met `min_examples`.
@@ -119,12 +120,22 @@ def _plan(cohort: Cohort, client: str, rows: Sequence[int]) -> ClientPlan:
 
 @dataclass(frozen=True)
 class _Units:
-    """What a draw moves as one: a patient's rows, or an image's where no patient is known. Arrays of shape (units,)."""
+    """What a draw moves as one: a patient's rows of a split, or an image's where no patient is known. Arrays of shape (units,).
+
+    `leader` is the unit whose client a unit goes to: that of the same patient or image in the first split which has any, most
+    often itself. Only leaders are drawn.
+    """
 
     rows: tuple[tuple[int, ...], ...]
     size: npt.NDArray[np.float64]
     split: npt.NDArray[np.int64]
     label: npt.NDArray[np.int64]
+    leader: npt.NDArray[np.int64]
+
+    @property
+    def leads(self) -> npt.NDArray[np.bool_]:
+        alone: npt.NDArray[np.bool_] = self.leader == np.arange(len(self.rows))
+        return alone
 
 
 def _units(cohort: Cohort, rows: Sequence[int], column: str) -> _Units:
@@ -133,11 +144,14 @@ def _units(cohort: Cohort, rows: Sequence[int], column: str) -> _Units:
         members.setdefault((cohort.rows[index].split, unit), []).append(index)
     labels = [main_label(Counter(cohort.rows[i].value(column or "label") for i in part)) for part in members.values()]
     names = sorted(set(labels))
+    place = {member: number for number, member in enumerate(members)}
+    leaders = [next(place[split, unit] for split in SPLITS if (split, unit) in place) for _, unit in members]
     return _Units(
         rows=tuple(tuple(part) for part in members.values()),
         size=np.array([len(part) for part in members.values()], dtype=np.float64),
         split=np.array([SPLITS.index(split) for split, _ in members], dtype=np.int64),
         label=np.array([names.index(label) for label in labels], dtype=np.int64),
+        leader=np.array(leaders, dtype=np.int64),
     )
 
 
@@ -145,14 +159,20 @@ def _draw(
     cohort: Cohort, rows: Sequence[int], clients: int, gamma: float, min_examples: int, column: str, rng: np.random.Generator
 ) -> list[list[int]]:
     drawn = _units(cohort, rows, column if gamma > 0 else "")
-    floor = _least_rows(drawn, clients, min_examples)
+    floor = _least_rows(drawn, clients, min_examples, drawn.leads)
+    wanted = _least_rows(drawn, clients, min_examples, np.ones_like(drawn.leads))
+    second_best: npt.NDArray[np.int64] | None = None
     fewest = 0
     for _ in range(MAX_DRAWS):
         owner = _owners(drawn, clients, gamma, rng)
         counts = [np.bincount(owner, drawn.size * (drawn.split == s), clients) for s in range(len(SPLITS))]
-        if all((count >= least).all() for count, least in zip(counts, floor, strict=True)):
-            return [[i for u in np.flatnonzero(owner == k) for i in drawn.rows[u]] for k in range(clients)]
+        if _reaches(counts, wanted):
+            return _rows_of(drawn, owner, clients)
+        if second_best is None and _reaches(counts, floor):
+            second_best = owner
         fewest = max(fewest, int(counts[0].min()))
+    if second_best is not None:
+        return _rows_of(drawn, second_best, clients)
     raise DataError(
         f"cohort {cohort.name}: no draw of {MAX_DRAWS} gave each of {clients} clients {floor[0]} train, {floor[1]} val and "
         f"{floor[2]} test rows (most train rows of a smallest client: {fewest}); take fewer clients, a larger gamma or a smaller "
@@ -160,24 +180,39 @@ def _draw(
     )
 
 
-def _least_rows(units: _Units, clients: int, min_examples: int) -> list[int]:
-    held_out = [int(np.count_nonzero(units.split == s) >= clients) for s in range(1, len(SPLITS))]
+def _rows_of(units: _Units, owner: npt.NDArray[np.int64], clients: int) -> list[list[int]]:
+    return [[i for u in np.flatnonzero(owner == k) for i in units.rows[u]] for k in range(clients)]
+
+
+def _reaches(counts: Sequence[npt.NDArray[Any]], floor: Sequence[int]) -> bool:
+    return all((count >= least).all() for count, least in zip(counts, floor, strict=True))
+
+
+def _least_rows(units: _Units, clients: int, min_examples: int, counted: npt.NDArray[np.bool_]) -> list[int]:
+    """Return the train, val and test rows of every client: one of val and test where there are that many `counted` units.
+
+    Units that follow another may all follow the same client's: a draw that gives every client one is wanted, not insisted on.
+    """
+    held_out = [int(np.count_nonzero(counted & (units.split == s)) >= clients) for s in range(1, len(SPLITS))]
     return [max(min_examples, 1), *held_out]
 
 
 def _owners(units: _Units, clients: int, gamma: float, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Return the client of each unit: shares drawn per class, the same in each split, cut along a shuffled order."""
+    """Return the client of each unit: shares drawn per class, the same in each split, cut along a shuffled order.
+
+    Units that follow another go to its client; the shares are those of the rest.
+    """
     owner = np.zeros(len(units.rows), dtype=np.int64)
     labels = units.label if gamma > 0 else np.zeros_like(units.label)
     for label in np.unique(labels):
         shares = rng.dirichlet(np.full(clients, gamma)) if gamma > 0 else np.full(clients, 1 / clients)
         ends = np.minimum(np.cumsum(shares), 1.0)
         for split in range(len(SPLITS)):
-            chosen = rng.permutation(np.flatnonzero((labels == label) & (units.split == split)))
+            chosen = rng.permutation(np.flatnonzero((labels == label) & (units.split == split) & units.leads))
             size = units.size[chosen]
             centre = (np.cumsum(size) - size / 2) / max(size.sum(), 1)
             owner[chosen] = np.minimum(np.searchsorted(ends, centre), clients - 1)
-    return owner
+    return owner[units.leader]
 
 
 def plans_to_json(plans: Iterable[ClientPlan]) -> str:

@@ -76,6 +76,69 @@ def test_no_row_is_lost_or_doubled_and_no_split_or_patient_is_mixed(
         assert not any(a & b for a, b in itertools.combinations(held, 2))
 
 
+def questions(images: int, per_image: int, asked: str) -> Cohort:
+    """Every image in train and in `asked`, `per_image` questions each; as many further images in `asked` alone."""
+    rows = [
+        Row(f"{split}{image}q{q}", split, "", "", "CT", f"images/{image}.png", label="abc"[(image + q) % 3])
+        for split, last in (("train", images), (asked, 2 * images))
+        for image in range(last)
+        for q in range(per_image)
+    ]
+    return in_memory(rows, modality=None, classes=tuple("abc"))
+
+
+def images_of(cohort: Cohort, plan: ClientPlan) -> set[str]:
+    return {cohort.rows[i].image for split in SPLITS for i in getattr(plan, split)}
+
+
+@pytest.mark.parametrize(("kind", "gamma"), [("iid", 0.0), ("dirichlet", 0.5), ("by_modality", 0.5)])
+@pytest.mark.parametrize("asked", ["val", "test"])
+def test_an_image_in_two_splits_is_at_one_client(kind: Any, gamma: float, asked: str) -> None:
+    cohort = questions(30, 2, asked)
+    plans = partition(cohort, clients=3, kind=kind, gamma=gamma, min_examples=5, seed=1)
+    assert owners(plans) == Counter(range(len(cohort.rows)))
+    assert not any(a & b for a, b in itertools.combinations([images_of(cohort, plan) for plan in plans], 2))
+    assert all(getattr(plan, asked) for plan in plans)
+    alone = [sum(int(cohort.rows[i].image[7:-4]) >= 30 for i in getattr(plan, asked)) for plan in plans]
+    assert sum(alone) == 60 and (kind != "iid" or alone == [20, 20, 20]), "the images of one split are drawn as ever"
+
+
+def test_a_patient_in_val_and_test_is_at_one_client() -> None:
+    rows = [Row(f"t{i}", "train", f"t{i}", label="a") for i in range(20)]
+    rows += [Row(f"{s}{i}", s, f"p{i}", label="a") for s in ("test", "val") for i in range(12)]
+    cohort = in_memory(rows)
+    for plan in partition(cohort, clients=3, kind="iid", gamma=0.0, min_examples=2, seed=0):
+        assert len(plan.val) == 4
+        assert {cohort.rows[i].patient for i in plan.val} == {cohort.rows[i].patient for i in plan.test}
+
+
+def test_bound_rows_that_cannot_reach_every_client_are_no_error() -> None:
+    """Two rows to train on for each client are there only where both small patients are at one: the other has nothing to test."""
+    rows = [Row(f"t{i}", "train", "large" if i < 20 else f"small{i}", label="a") for i in range(22)]
+    rows += [Row(f"q{i}", "test", f"small{i}", label="a") for i in (20, 21)]
+    plans = partition(in_memory(rows), clients=2, kind="iid", gamma=0.0, min_examples=2, seed=0)
+    assert sorted((len(plan.train), len(plan.test)) for plan in plans) == [(2, 2), (20, 0)]
+
+
+# Computed before units in two splits were bound to one client.
+GOLDEN = {
+    ("rows", "dirichlet"): "68708551448a2a9f",
+    ("rows", "iid"): "ed3ad8675fe8df8c",
+    ("rows", "by_modality"): "f1398893f7edde49",
+    ("patients", "dirichlet"): "2b78fe622451d161",
+    ("patients", "iid"): "901cd6ddccfbc12c",
+    ("patients", "by_modality"): "82cfa75ab69e7fe1",
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), GOLDEN)
+def test_a_cohort_without_units_in_two_splits_is_cut_as_ever(name: str, kind: Any) -> None:
+    cohort = table(240, "abc", ("CT", "MRI"), 40 if name == "patients" else 0)
+    gamma = {"dirichlet": 0.3, "iid": 0.0, "by_modality": 0.5}[kind]
+    plans = partition(cohort, clients=3, kind=kind, gamma=gamma, min_examples=5, seed=11)
+    assert plans_digest(plans)[:16] == GOLDEN[name, kind]
+
+
 def test_val_and_test_follow_the_proportions_of_train() -> None:
     cohort = table(8000, "abcd")
     plans = partition(cohort, clients=4, kind="dirichlet", gamma=0.5, seed=3)
