@@ -16,8 +16,9 @@ import torch
 
 from omnifm import build
 from omnifm.config import Config, parse
-from omnifm.federation.client import Site, build_optimiser
+from omnifm.federation.client import Site
 from omnifm.federation.messages import Reply, Request, size_by_group
+from omnifm.federation.optimisers import build_optimiser
 from omnifm.federation.state import LocalJob, ServerState
 from omnifm.seeds import generator
 

@@ -23,7 +23,8 @@ from flwr.serverapp.strategy import FedAvg
 
 from omnifm import build, seeds
 from omnifm.config import Config, parse
-from omnifm.federation.client import Site, build_optimiser
+from omnifm.federation.client import Site
+from omnifm.federation.optimisers import build_optimiser
 
 JOB = "OMNIFM_BENCHMARK"
 client, server = ClientApp(), ServerApp()

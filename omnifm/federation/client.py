@@ -20,13 +20,14 @@ from omnifm.federation.compression import Compression
 from omnifm.federation.effort import Effort, Phase, steps_of
 from omnifm.federation.example_level import ExampleLevel
 from omnifm.federation.messages import Reply, Request
+from omnifm.federation.optimisers import build_optimiser, learning_rate
 from omnifm.federation.pooled import JoinedSplit, order_of
 from omnifm.federation.release import Release
 from omnifm.federation.secure import Parties
 from omnifm.federation.state import LocalJob
 from omnifm.federation.store import ClientStore
 from omnifm.federation.strategy import Step, Strategy
-from omnifm.tasks.base import Batch, ClientData, Model, Output, Split, Task
+from omnifm.tasks.base import Batch, ClientData, Model, Output, Task
 
 STATE = "state:"
 """Prefix of the strategy's own tensors in a client's private file."""
@@ -48,21 +49,6 @@ class LocalConfig:
     augmented: bool
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
-
-
-def learning_rate(optimiser: OptimiserConfig, round_index: int, rounds: int) -> float:
-    """Return the rate of a round: constant, or lr (1 + cos(pi r / R)) / 2."""
-    if optimiser.schedule == "constant":
-        return optimiser.lr
-    return optimiser.lr * 0.5 * (1 + math.cos(math.pi * min(round_index, rounds) / rounds))
-
-
-def build_optimiser(model: nn.Module, config: OptimiserConfig, lr: float) -> torch.optim.Optimizer:
-    """Return a fresh optimiser over the parameters that train. Parameters that no loss reaches keep no gradient and stay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if config.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 class Site:
@@ -183,7 +169,7 @@ class Site:
         if settings["view"] == "reference":
             answer = self.task.references(request.client)[settings["reference"]]
             data = self._data(request.client)
-            return self._reply(request, len(data.train), extra=self._score(request.client, data.split(settings["split"]), answer))
+            return self._reply(request, len(data.train), extra=self._score(request, data, answer))
         if settings["view"] == "global":
             sharing.write(self.model, {**self._initial, **request.tensors})
             self.strategy.globalise(self.model)
@@ -191,20 +177,23 @@ class Site:
         else:
             state, _ = self._install(request)
         job = self._job(request, state, float(settings.get("finetune_lr") or 0.0), training=False)
+        try:
+            states = self._tested(request, job)
+        except NotFiniteError:
+            if not self.strategy.tolerates_nonfinite:
+                raise
+            states = {}  # no state of the metric: no score
+        return self._reply(request, len(job.data.train), extra=states)
+
+    def _tested(self, request: Request, job: LocalJob) -> dict[str, Tensor]:
+        """Fine-tune if asked to; return the state of the metric. Raises NotFiniteError if a loss or prediction is not finite."""
         with seeds.scope(self._config.seed, "evaluate", request.round, request.client):
             self.strategy.begin(job)
             self._settle(job)
-            if settings.get("finetune_epochs"):
+            if epochs := request.settings.get("finetune_epochs"):
                 self.task.begin_training(self.model, request.round)
-                try:
-                    self._fit(job, [Phase(Effort(int(settings["finetune_epochs"])))], with_strategy=False)
-                except NotFiniteError:
-                    if not self.strategy.tolerates_nonfinite:
-                        raise
-                    return self._reply(request, len(job.data.train))  # no state of the metric: no score
-        states = self._score(request.client, job.data.split(settings["split"]), partial(self._predict, job))
-        sharing.require_finite(states, request.label, "a prediction is not finite")
-        return self._reply(request, len(job.data.train), extra=states)
+                self._fit(job, [Phase(Effort(int(epochs)))], with_strategy=False)
+        return self._score(request, job.data, partial(self._predict, job))
 
     # ------------------------------------------------------------------ state
     def _data(self, client: str) -> ClientData:
@@ -365,9 +354,10 @@ class Site:
         sharing.settle(self.model, self.sharing.dropped, job.client, passes)
 
     def _predict(self, job: LocalJob, batch: Batch) -> Tensor:
-        """Return the model's predictions for a batch, on the CPU."""
+        """Return the model's predictions for a batch, on the CPU. Raises NotFiniteError if what the network says is not."""
         self.model.eval()
-        return self._answer(job, batch)
+        with sharing.finite_predictions(self.model, f"client {job.client}, round {job.round}"):
+            return self._answer(job, batch)
 
     @torch.no_grad()
     def _answer(self, job: LocalJob, batch: Batch) -> Tensor:
@@ -377,12 +367,16 @@ class Site:
         # Token ids stay whole numbers; what autocast computed is read as float32.
         return (prediction.float() if prediction.is_floating_point() else prediction).cpu()
 
-    def _score(self, client: str, split: Split, answer: Callable[[Batch], Tensor]) -> dict[str, Tensor]:
-        metric = self.task.metric(client)
+    def _score(self, request: Request, data: ClientData, answer: Callable[[Batch], Tensor]) -> dict[str, Tensor]:
+        metric, split = self.task.metric(request.client), data.split(request.settings["split"])
         for index in torch.arange(len(split)).split(4 * self._config.optimiser.batch_size):
             batch = split.batch(index)
-            metric.update(answer(batch), batch.target, batch.row, batch.side)
-        return metric.state()
+            prediction = answer(batch)
+            sharing.require_finite({"": prediction}, request.label, sharing.PREDICTION)
+            metric.update(prediction, batch.target, batch.row, batch.side)
+        state = metric.state()
+        sharing.require_finite(state, request.label, sharing.PREDICTION)
+        return state
 
     def predictor(self, request: Request) -> Callable[[Batch], Tensor]:
         """Make the model the client's; return what predicts with it, until the next request."""

@@ -121,8 +121,8 @@ class Evaluator:
             )
             for client in clients
         )
-        # A client whose fine-tuning failed, where the strategy tolerates that, answers without a state.
-        excused = view == "finetuned" and self._strategy.tolerates_nonfinite
+        # A client whose fine-tuning or predictions are not finite, where the strategy tolerates that, answers without a state.
+        excused = self._strategy.tolerates_nonfinite
         return {reply.client: reply.extra for reply in self._vetted(requests, split, excused) if reply.extra}
 
     def _vetted(self, requests: Iterable[Request], split: str, excused: bool = False) -> Iterator[Reply]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from omnifm.errors import ConfigError, FederationError, NotFiniteError
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS: tuple[type[nn.Module], ...] = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm)
+PREDICTION = "a prediction is not finite"
 
 
 def names_under(model: nn.Module, part: nn.Module) -> frozenset[str]:
@@ -117,6 +119,23 @@ def require_finite(tensors: Mapping[str, Tensor], who: str, complaint: str) -> N
     """Raise NotFiniteError if a value is not: what stays at the client or becomes a score is seen by no later check."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise NotFiniteError(f"{who}: {complaint}")
+
+
+@contextmanager
+def finite_predictions(model: nn.Module, who: str) -> Iterator[None]:
+    """Raise NotFiniteError where `model` predicts what is not finite.
+
+    What a task makes of it would hide that: of NaN the most probable class is the first, and as a mask it is background.
+    """
+
+    def check(module: nn.Module, inputs: object, output: Any) -> None:
+        require_finite({"": output.prediction}, who, PREDICTION)
+
+    hook = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -49,9 +49,11 @@ _LEGACY_TAPS, _LEGACY_RANGE = 7, 2.0
 
 
 def psnr(difference: Picture, peak: float) -> float:
-    """Return 10 log10(peak^2 / mean(difference^2)) in dB, at most 100."""
+    """Return 10 log10(peak^2 / mean(difference^2)) in dB, at most 100; NaN of a difference that is not finite."""
     error = float(np.square(difference).mean())
-    return min(MOST_DB, 10 * math.log10(peak**2 / error)) if error > 0 else MOST_DB
+    if error == 0:
+        return MOST_DB
+    return min(MOST_DB, 10 * math.log10(peak**2 / error)) if math.isfinite(error) else math.nan
 
 
 def strict(picture: Picture, border: int) -> Picture:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from omnifm import seeds
+from omnifm.errors import NotFiniteError
 from omnifm.federation.client import Site
 from omnifm.federation.messages import Request
 from omnifm.federation.state import ServerState
@@ -45,7 +46,11 @@ def save_examples(folder: Path, site: Site, strategy: Strategy, server: ServerSt
         generator = seeds.generator(strategy.context.seed, "examples", client.id)
         index = torch.randperm(count, generator=generator)[:_PER_CLIENT]
         tensors, extra = strategy.shared_for(server, client.id), strategy.extra_for_prediction(server, client.id)
-        prediction, batch = site.predict(Request("evaluate", completed, client.id, tensors, extra, server.told(client.id)), index)
+        try:
+            request = Request("evaluate", completed, client.id, tensors, extra, server.told(client.id))
+            prediction, batch = site.predict(request, index)
+        except NotFiniteError:
+            continue  # a strategy that goes on all the same: the client has no score either
         for place in range(len(index)):
             picture = site.task.picture(prediction, batch, place)
             name = f"{client.id}-{place}.png"

@@ -1,5 +1,7 @@
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,11 @@ import torch
 
 from omnifm import seeds
 from omnifm.config import OptimiserConfig
-from omnifm.errors import FederationError
-from omnifm.federation.client import build_optimiser, learning_rate
+from omnifm.errors import FederationError, NotFiniteError
 from omnifm.federation.messages import Request
+from omnifm.federation.optimisers import build_optimiser, learning_rate
 from omnifm.federation.strategy import Step
+from omnifm.metrics.base import Metric, Scores
 from omnifm.tasks.base import Batch, Features, Inputs, Reading
 from tests.support import HOSPITALS, Lab, Spy, differing, make_lab, spy
 
@@ -155,6 +158,70 @@ def test_a_rate_too_high_is_one_line_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(FederationError, match=r"client \w, round \d: .*not finite") as caught:
         lab.run()
     assert "\n" not in str(caught.value)
+
+
+class Hiding(Metric):
+    """A metric of class numbers, which are finite whatever the network says."""
+
+    def __init__(self) -> None:
+        self._right: list[torch.Tensor] = []
+
+    def update(self, prediction: torch.Tensor, target: torch.Tensor, row: torch.Tensor, side: object = None) -> None:
+        self._right.append(prediction == target)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"right": torch.cat([torch.zeros(0, dtype=torch.bool), *self._right]).to(torch.uint8)}
+
+    def merge(self, states: Iterable[Mapping[str, torch.Tensor]]) -> "Hiding":
+        union = Hiding()
+        union._right = [state["right"] for state in states]
+        return union
+
+    def compute(self) -> Scores:
+        right = self.state()["right"]
+        return {"accuracy": float(right.double().mean()) if len(right) else None}
+
+
+def hiding(folder: Path, strategy: str) -> Lab:
+    """A lab whose task says the most probable class alone, which is what a task of generated text does."""
+    lab = make_lab(folder, strategy, federation__rounds=1)
+    lab.task.metric = lambda client=None: Hiding()  # type: ignore[method-assign]
+    lab.task.predict = lambda model, batch: model(batch.inputs).prediction.argmax(dim=1)  # type: ignore[method-assign]
+    return lab
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("view", ["personal", "global"])
+def test_what_a_network_says_is_finite_before_the_task_makes_classes_of_it(view: str, value: float, tmp_path: Path) -> None:
+    lab = hiding(tmp_path, "fedavg")
+    server = lab.run()
+    assert lab.evaluate(server).views[view] is not None
+    name = list(server.shared)[-1]
+    server.shared[name][-1] = value
+    request = Request("evaluate", 1, "b", server.shared, settings={"split": "test", "view": view})
+    with pytest.raises(NotFiniteError, match=r"^client b, round 1: a prediction is not finite$"):
+        lab.site.handle(request)
+    with pytest.raises(NotFiniteError, match=r"^client b, round 1: a prediction is not finite$"):
+        lab.site.predict(request, torch.arange(2))
+
+
+def test_a_picture_that_is_not_finite_is_no_score_of_an_untrained_rule(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, federation__rounds=1)
+    answer = partial(torch.full, (6, 3), math.nan)
+    lab.task.references = lambda client: {"none": lambda batch: answer()}  # type: ignore[method-assign]
+    request = Request("evaluate", 1, "a", settings={"split": "test", "view": "reference", "reference": "none"})
+    with pytest.raises(NotFiniteError, match=r"^client a, round 1: a prediction is not finite$"):
+        lab.site.handle(request)
+
+
+def test_a_strategy_that_tolerates_it_gives_that_client_no_score(tmp_path: Path) -> None:
+    lab = hiding(tmp_path, "median")
+    server = lab.run()
+    name = list(server.shared)[-1]
+    server.shared[name][-1] = math.nan
+    for settings in ({"view": "personal"}, {"view": "personal", "finetune_epochs": 1, "finetune_lr": 0.0}, {"view": "global"}):
+        reply = lab.site.handle(Request("evaluate", 1, "b", server.shared, settings={"split": "test", **settings}))
+        assert not reply.extra
 
 
 def test_the_global_random_state_is_left_alone(tmp_path: Path) -> None:

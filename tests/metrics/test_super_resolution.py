@@ -244,3 +244,9 @@ def test_pictures_that_do_not_fit() -> None:
         metric.update(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 32, 32), row)
     with pytest.raises(DataError, match="16 x 16 without a border of 4 are too small"):
         metric.update(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16), row, {"scale": torch.tensor([4])})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_error_that_is_not_finite_is_no_perfect_picture(value: float) -> None:
+    assert math.isnan(psnr(np.array([[0.0, value]]), 1.0))
+    assert psnr(np.zeros((2, 2)), 1.0) == 100.0
