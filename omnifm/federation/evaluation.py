@@ -9,9 +9,13 @@
 * `finetuned`: as personal, after `finetune_epochs` local epochs of the task loss alone.
 * references: what needs no training (bicubic enlargement, the majority's answer), as `personal` and `worst`.
 
-Scores that are undefined (no examples, a class that never occurs) are None and stay None.
+Scores that are undefined (no examples, a class that never occurs) are None and stay None. Where a client answered without a
+state (its fine-tuning or predictions are not finite, and the strategy goes on), or with one that was refused, all scores of that
+view are None: those of the others alone are better the worse that client does. A client that did not answer at all (it is late,
+or tells no scores, and `federation.min_replies` allows that) is left out.
 """
 
+import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +33,8 @@ from omnifm.federation.state import ServerState
 from omnifm.federation.strategy import Strategy
 from omnifm.metrics.base import Scores
 from omnifm.tasks.base import Task
+
+log = logging.getLogger(__name__)
 
 View = str
 _COUNT = "num_examples"
@@ -61,6 +67,18 @@ class Scored(NamedTuple):
         return self.examples * self.shares.get(name, 1)
 
 
+class Answers(NamedTuple):
+    """States of the metric and scores by client, and the clients that answered without a state that counts."""
+
+    states: Mapping[str, Mapping[str, Tensor]]
+    scored: Mapping[str, Scored]
+    lost: frozenset[str]
+
+    def defined(self, scores: Scores) -> Scores:
+        """Return scores over all clients; None each if one was lost."""
+        return dict.fromkeys(scores) if self.lost else scores
+
+
 class Evaluator:
     """Asks every client, sampled or not, for its state of the metric, and merges."""
 
@@ -85,18 +103,17 @@ class Evaluator:
     def evaluate(self, server: ServerState, completed: int, split: str, *, finetune: bool = False) -> Evaluation:
         """Score `split` with the state after `completed` rounds."""
         clients = [client for client, sizes in self._sizes.items() if sizes[split] > 0]
-        states = {"personal": self._ask(server, completed, clients, split, "personal")}
+        answers = {"personal": self._ask(server, completed, clients, split, "personal")}
         if self._has_global:
-            states["global"] = self._ask(server, completed, clients, split, "global")
+            answers["global"] = self._ask(server, completed, clients, split, "global")
         if finetune and self._config.finetune_epochs:
             trained = [client for client in clients if self._sizes[client]["train"] > 0]
-            states["finetuned"] = self._ask(server, completed, trained, split, "finetuned")
-        found = {view: self._scored(by_client) for view, by_client in states.items()}
+            answers["finetuned"] = self._ask(server, completed, trained, split, "finetuned")
         table: dict[str, dict[View, Scores | None]] = {
-            client: {view: known[client].scores if client in known else None for view, known in found.items()}
+            client: {view: found.scored[client].scores if client in found.scored else None for view, found in answers.items()}
             for client in self._sizes
         }
-        return Evaluation(split, self._summary(found, states.get("global")), table)
+        return Evaluation(split, self._summary(answers), table)
 
     def _scored(self, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Scored]:
         metrics = {client: self._task.metric(client).merge([states[client]]) for client in self._sizes if client in states}
@@ -104,9 +121,7 @@ class Evaluator:
         lines = {client: len(next(iter(states[client].values()))) for client in metrics}
         return {c: Scored(metric.compute(), lines[c], metric.shares()) for c, metric in metrics.items()}
 
-    def _ask(
-        self, server: ServerState, completed: int, clients: Sequence[str], split: str, view: View
-    ) -> dict[str, Mapping[str, Tensor]]:
+    def _ask(self, server: ServerState, completed: int, clients: Sequence[str], split: str, view: View) -> Answers:
         settings: dict[str, Any] = {"split": split, "view": "global" if view == "global" else "personal"}
         if view == "finetuned":
             settings |= {"finetune_epochs": self._config.finetune_epochs, "finetune_lr": self._finetune_lr}
@@ -122,17 +137,29 @@ class Evaluator:
             for client in clients
         )
         # A client whose fine-tuning or predictions are not finite, where the strategy tolerates that, answers without a state.
-        excused = self._strategy.tolerates_nonfinite
-        return {reply.client: reply.extra for reply in self._vetted(requests, split, excused) if reply.extra}
+        return self._answers(requests, split, view, excused=self._strategy.tolerates_nonfinite)
 
-    def _vetted(self, requests: Iterable[Request], split: str, excused: bool = False) -> Iterator[Reply]:
-        """Yield replies whose states of the metric fit; `excused`: there may be none. Raises FederationError with the client."""
+    def _answers(self, requests: Iterable[Request], split: str, what: str, *, excused: bool = False) -> Answers:
+        """Ask; `excused`: there may be answers without a state. Raises FederationError with a client whose state does not fit."""
+        seen: set[str] = set()
+
+        def exchange(requests: Iterable[Request]) -> Iterator[Reply]:
+            for reply in self._engine.exchange(requests):
+                seen.add(guard.sender(reply))
+                yield reply
 
         def judge(reply: Reply) -> None:
             if reply.extra or not excused:
                 self._task.metric(reply.client).vet(reply.extra, self._sizes[reply.client][split])
 
-        yield from guard.ask(self._engine.exchange, requests, judge, skips=self._skips)
+        states: dict[str, Mapping[str, Tensor]] = {}
+        for reply in guard.ask(exchange, requests, judge, skips=self._skips):
+            if reply.extra:
+                states[reply.client] = reply.extra
+            else:
+                who = guard.label(reply, reply.round)
+                log.warning("%s: a loss or prediction is not finite; the scores over all clients (%s) are undefined", who, what)
+        return Answers(states, self._scored(states), frozenset(seen & self._sizes.keys() - states.keys()))
 
     def _tensors(self, server: ServerState, client: str, view: View) -> Mapping[str, Tensor]:
         return server.shared if view == "global" else self._strategy.shared_for(server, client)
@@ -149,26 +176,25 @@ class Evaluator:
             settings = {"split": split, "view": "reference", "reference": name}
             asked = [client for client in clients if name in known[client]]
             requests = (Request("evaluate", completed, client, settings=settings) for client in asked)
-            states = {r.client: r.extra for r in self._vetted(requests, split)}
-            found[name] = self._over_clients(self._scored(states))
+            found[name] = self._over_clients(self._answers(requests, split, name))
             if len(asked) < len(clients):
                 for scores in found[name].values():
                     scores.pop(self._task.primary, None)
         return found
 
-    def _summary(
-        self, found: Mapping[View, Mapping[str, Scored]], shared: Mapping[str, Mapping[str, Tensor]] | None
-    ) -> dict[View, Scores | None]:
-        views: dict[View, Scores | None] = {**self._over_clients(found["personal"]), "global": None, "finetuned": None}
-        if "finetuned" in found:
-            views["finetuned"] = self._over_clients(found["finetuned"])["personal"]
-        if shared is not None:
-            views["global"] = self._task.metric().merge(shared.values()).compute()
+    def _summary(self, answers: Mapping[View, Answers]) -> dict[View, Scores | None]:
+        views: dict[View, Scores | None] = {**self._over_clients(answers["personal"]), "global": None, "finetuned": None}
+        if "finetuned" in answers:
+            views["finetuned"] = self._over_clients(answers["finetuned"])["personal"]
+        if shared := answers.get("global"):
+            metric = self._task.metric()
+            views["global"] = shared.defined((metric.merge(shared.states.values()) if shared.states else metric).compute())
         return views
 
-    def _over_clients(self, found: Mapping[str, Scored]) -> dict[View, Scores]:
-        counts, rows = self._task.metric().counts, list(found.values())
-        return {"personal": weighted_mean(rows, counts), "worst": worst(rows, self._task.lower_is_better, counts)}
+    def _over_clients(self, answers: Answers) -> dict[View, Scores]:
+        counts, rows = self._task.metric().counts, list(answers.scored.values())
+        found = {"personal": weighted_mean(rows, counts), "worst": worst(rows, self._task.lower_is_better, counts)}
+        return {view: answers.defined(scores) for view, scores in found.items()}
 
 
 def weighted_mean(rows: Iterable[Scored], counts: Collection[str] = ()) -> Scores:

@@ -70,7 +70,8 @@ VIEWS = {
     "finetuned": (
         "after fine-tuning",
         "As own models, but each client first trains some more on its own data (`federation.finetune_epochs`, one epoch unless "
-        "set). It shows what a few minutes of local training can make up for.",
+        "set). It shows what a few minutes of local training can make up for. Undefined where one client's fine-tuning failed: a "
+        "mean over the others would be better for it.",
     ),
 }
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from omnifm.engines.inprocess import InProcessEngine
 from omnifm.errors import FederationError
-from omnifm.federation.messages import Reply
+from omnifm.federation.messages import Reply, Request
 from omnifm.metrics.base import Metric
 from omnifm.metrics.classification import ClassificationMetric
 from omnifm.metrics.fusion import FusionMetric
@@ -20,7 +21,7 @@ from omnifm.metrics.segmentation import SegmentationMetric
 from omnifm.metrics.super_resolution import SuperResolutionMetric
 from omnifm.metrics.vqa import VqaMetric
 from omnifm.tasks.mixed import MixedMetric
-from tests.support import Altered, make_lab
+from tests.support import HOSPITALS, Altered, make_lab
 
 State = Mapping[str, Tensor]
 
@@ -74,6 +75,8 @@ def test_the_others_are_scored_without_whoever_is_refused(name: str, tmp_path: P
         found = lab.evaluate(server, "test")
     assert found.clients["d"] == {"personal": None, "global": None}
     assert {c: views for c, views in found.clients.items() if c != "d"} == {c: v for c, v in honest.clients.items() if c != "d"}
+    for view in ("personal", "worst", "global"):
+        assert found.views[view] == dict.fromkeys(honest.views[view] or {}), "the worst client would lift a mean by what it does"
     line = caplog.records[0].getMessage()
     assert line.startswith("client d, round 1: ") and "\n" not in line and len(caplog.records) == 2, "one for each view"
 
@@ -85,6 +88,24 @@ def test_by_default_the_run_ends_and_names_the_client(name: str, tmp_path: Path)
     lab.engine = Altered(lab.site, bent(name))
     with pytest.raises(FederationError, match=rf"^client d, round 1: {BAD[name][1]}"):
         lab.evaluate(server, "val")
+
+
+def test_a_client_that_does_not_answer_is_in_no_view(tmp_path: Path) -> None:
+    """One that is late, or tells no scores, where `federation.min_replies` allows that: so it is for every method."""
+    lab = make_lab(tmp_path, federation__rounds=1)
+    server = lab.run()
+    lab.engine = Silent(lab.site)
+    found = lab.evaluate(server, "test")
+    three = make_lab(tmp_path / "2", hospitals=HOSPITALS[:3], federation__rounds=1)
+    assert found.clients["d"] == {"personal": None, "global": None}
+    assert found.views == three.evaluate(server, "test").views
+
+
+class Silent(InProcessEngine):
+    """An engine whose client d never answers."""
+
+    def exchange(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        return (reply for reply in super().exchange(requests) if reply.client != "d")
 
 
 def test_a_score_in_another_s_name_does_not_end_the_run(tmp_path: Path) -> None:

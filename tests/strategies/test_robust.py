@@ -15,7 +15,10 @@ from omnifm.federation.messages import Reply, Request
 from omnifm.federation.robust import hostile_among
 from omnifm.federation.state import LocalJob, ServerState
 from omnifm.federation.strategy import Upload
-from tests.support import Altered, Hospital, Lab, Spy, Wire, differing, make_lab, make_split, spy
+from omnifm.tasks.base import ClientData
+from omnifm.track.checkpoint import Checkpoint
+from omnifm.track.recorder import RunRecorder
+from tests.support import Altered, Hospital, Lab, MemorySplit, Spy, Wire, differing, make_lab, make_split, spy
 
 ROBUST = ["median", "trimmed_mean", "multikrum", "clipped_mean"]
 CLIENTS = tuple(Hospital(name, "CT", 8) for name in "abcdefghij")
@@ -210,6 +213,38 @@ def test_a_client_whose_training_fails_is_discarded_and_keeps_its_private_state(
     found = lab.evaluate(server, finetune=True)
     assert found.clients["d"]["personal"] is not None and found.clients["d"]["finetuned"] is None
     assert found.clients["a"]["finetuned"] is not None and found.views["finetuned"] is not None
+
+
+def test_without_a_client_whose_fine_tuning_fails_there_is_no_mean_and_the_log_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lab = sick(tmp_path, "median")
+    server = lab.run()
+    caplog.clear()
+    found = lab.evaluate(server, finetune=True)
+    assert found.views["finetuned"] == dict.fromkeys(found.views["personal"] or {})
+    assert found.views["personal"] is not None and None not in found.views["personal"].values()
+    assert caplog.messages == [
+        "client d, round 2: a loss or prediction is not finite; the scores over all clients (finetuned) are undefined"
+    ]
+
+
+def test_a_round_without_a_mean_is_not_the_best(tmp_path: Path) -> None:
+    """The network of client d says NaN for its own validation images, so those of the others say nothing of all."""
+    lab = make_lab(tmp_path, "median", data={"d": holed(make_lab(tmp_path / "0").task.client_data("d"))})
+    found = lab.evaluate(lab.run(), "val")
+    assert found.clients["d"]["personal"] is None and found.clients["a"]["personal"] is not None
+    assert all(value is None for view in ("personal", "worst", "global") for value in (found.views[view] or {"": 0}).values())
+    recorder = RunRecorder(tmp_path, Checkpoint(tmp_path / "checkpoint"), "accuracy")
+    recorder.event({"event": "evaluation", "round": 0, "split": "val", **found.views, "clients": {}})
+    assert recorder.best is None
+    recorder.close()
+
+
+def holed(data: ClientData) -> ClientData:
+    assert isinstance(data.val, MemorySplit)
+    data.val.images[0, 0, 5, 5] = float("nan")
+    return data
 
 
 def test_the_others_go_on_as_if_the_client_had_not_been_asked(tmp_path: Path) -> None:
