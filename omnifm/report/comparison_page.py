@@ -128,9 +128,17 @@ def _sentence(comparison: Comparison, participation: float, metric: str) -> str:
     found = [s for s in summarise(comparison.rows, [f"personal_{metric}"]) if s.participation == participation]
     known = [s for s in found if s.mean is not None]
     sign = -1 if define.lower_is_better(metric) else 1
-    ranked = sorted(known, key=lambda s: -sign * (s.mean or 0.0))
-    order = ", ".join(f"{s.method} {number(s.mean)}" for s in ranked)
+    # A mean over other seeds is no rank: whoever failed on the hard one would win.
+    seeds = _seeds(found)
+    ranked = sorted(known, key=lambda s: (s.count < seeds, -sign * (s.mean or 0.0)))
+    names = [f"{s.method} {number(s.mean)}" + (f" ({s.count} of {seeds} seeds)" if s.count < seeds else "") for s in ranked]
+    order = ", ".join(names)
     return f"At {percent(participation)}, own models, best first: {order or 'no defined score'}."
+
+
+def _seeds(summaries: list[Summary]) -> int:
+    """Return how many seeds a method has that ran on all of them."""
+    return max((s.count + s.undefined for s in summaries), default=0)
 
 
 def _columns(comparison: Comparison, metric: str) -> list[str]:
@@ -147,7 +155,8 @@ def _scores(comparison: Comparison, metric: str) -> Section:
         tables.append(_score_table(comparison, views, share, f"{where}, {label}"))
         if more:
             tables.append(_score_table(comparison, more, share, f"{where}, own models, other scores"))
-    lead = "Mean ± standard deviation over the seeds, at the last round unless a column says otherwise. Best: green."
+    lead = "Mean ± standard deviation over the seeds, at the last round unless a column says otherwise. "
+    lead += "Green: the best of those that have a score on every seed."
     failed = [Note(f"Failed: {row.get('cell') or method_of(row)}: {row['status']}", "warning") for row in _failed(comparison)]
     return Section("scores-table", "Test scores", (*failed, *tables), lead)
 
@@ -160,27 +169,30 @@ def _score_table(comparison: Comparison, columns: list[tuple[str, str]], partici
     rows = []
     for name in names:
         seeds = chosen[name, columns[0][0]]
-        cells = [_summary_cell(chosen[name, column], best[column]) for column, _ in columns]
+        cells = [_summary_cell(chosen[name, column], chosen[name, column] in best[column]) for column, _ in columns]
         rows.append((Cell(name, "strong"), Cell(str(seeds.count + seeds.undefined)), *cells))
     head = ("method", "seeds", *(label for _, label in columns))
     return Table(head, tuple(rows), caption=caption)
 
 
-def _best(summaries: list[Summary]) -> float | None:
-    known = [s.mean for s in summaries if s.mean is not None]
+def _best(summaries: list[Summary]) -> list[Summary]:
+    """Return the methods with the best mean, of those that have a score on every seed; none where there is no choice."""
+    known, seeds = [s for s in summaries if s.mean is not None], _seeds(summaries)
     metric = bare_metric(summaries[0].metric)
-    if len(known) < 2 or not define.is_score(metric):
-        return None
-    return min(known) if define.lower_is_better(metric) else max(known)
+    whole = {s.mean for s in known if s.mean is not None and s.count == seeds}
+    if len(known) < 2 or not whole or not define.is_score(metric):
+        return []
+    best = min(whole) if define.lower_is_better(metric) else max(whole)
+    return [s for s in known if s.mean == best and s.count == seeds]
 
 
-def _summary_cell(summary: Summary, best: float | None) -> Cell:
+def _summary_cell(summary: Summary, best: bool) -> Cell:
     if summary.mean is None:
         return number_cell(None)
     text = number(summary.mean) + (f" ± {summary.std:.3f}" if summary.std is not None else "")
     if summary.undefined:
         text += f" ({summary.undefined} undefined)"
-    return Cell(text, "good" if summary.mean == best else "")
+    return Cell(text, "good" if best else "")
 
 
 def _differences(comparison: Comparison, reference: str, metric: str) -> Section:

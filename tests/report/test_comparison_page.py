@@ -46,6 +46,27 @@ def test_a_difference_is_coloured_by_the_test_that_knows_how_many_there_are() ->
     assert tones(comparison({"a": [0.1, 0.11], "b": [0.9, 0.92]})) == {"b": "bad"}
 
 
+def greens(found: Comparison) -> list[str]:
+    """The methods whose own-model score is green."""
+    (section,) = [s for s in comparison_page(found).sections if s.id == "scores-table"]
+    table = next(block for block in section.blocks if isinstance(block, Table))
+    return [row[0].text for row in table.rows if row[2].tone == "good"]  # type: ignore[union-attr]
+
+
+def test_who_failed_on_a_seed_is_neither_best_nor_first() -> None:
+    """a has no score on the hard seed, so its mean is over the easy one alone."""
+    nan = float("nan")
+    found = comparison({"a": [0.9, nan], "b": [0.8, 0.4], "c": [0.85, 0.2]})
+    assert greens(found) == ["b"]
+    assert comparison_page(found).summary == (
+        "At 100% participation, own models, best first: b 0.600, c 0.525, a 0.900 (1 of 2 seeds).",
+    )
+    assert greens(comparison({"a": [0.9, nan], "b": [nan, 0.4]})) == []
+    assert greens(comparison({"a": [0.6, nan], "b": [0.8, 0.4], "c": [0.85, 0.2]})) == ["b"], "of equal means too"
+    assert greens(comparison({"a": [0.9], "b": [0.8, 0.4], "c": [0.85, 0.2]})) == ["b"], "nor who was not run on it"
+    assert greens(comparison({"a": [0.9, 0.8], "b": [0.8, 0.4]})) == ["a"]
+
+
 def test_the_same_difference_on_every_seed_is_not_coloured() -> None:
     line = differences(comparison({"a": [0.75, 0.5], "b": [0.5, 0.25], "c": [0.7, 0.5]}))
     assert [cell.text for cell in line["b"]][2:7] == ["+0.250", "no spread", "no spread", "2", "no spread"]
