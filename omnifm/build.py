@@ -15,7 +15,7 @@ from omnifm import seeds
 from omnifm.config import CohortConfig, Config, EngineConfig, one_line
 from omnifm.data.cache import default_cache_dir
 from omnifm.data.cohort import Cohort
-from omnifm.data.partition import ClientPlan, partition
+from omnifm.data.partition import ClientPlan, partition, require_own_ids
 from omnifm.data.splits import crossing
 from omnifm.data.vetted import require_vetted
 from omnifm.data.words import Words
@@ -134,7 +134,7 @@ def load_data(config: Config, *, check: bool = True) -> Data:
         check: validate cohorts that changed since they were last found sound; a worker process need not.
 
     Raises:
-        DataError: a cohort has a problem, is for another task, or cannot be cut as asked.
+        DataError: a cohort has a problem, is for another task, or cannot be cut as asked; or two clients have one id.
     """
     cohorts: dict[str, Cohort] = {}
     plans: list[ClientPlan] = []
@@ -144,6 +144,7 @@ def load_data(config: Config, *, check: bool = True) -> Data:
             raise DataError(f"cohort {cohort.name}: two cohorts of the federation have this name")
         cohorts[cohort.name] = cohort
         plans += cut(config, entry, cohort)
+    require_own_ids(plans)
     cache = cache_folder(config)
     if check:
         require_vetted(cohorts.values(), cache)

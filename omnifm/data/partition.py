@@ -215,6 +215,15 @@ def _owners(units: _Units, clients: int, gamma: float, rng: np.random.Generator)
     return owner[units.leader]
 
 
+def require_own_ids(plans: Iterable[ClientPlan]) -> None:
+    """Raise DataError if two clients have one id: the parts of a client's name may be a cohort's name and another's modality."""
+    known: dict[str, str] = {}
+    for plan in plans:
+        if plan.id in known:
+            raise DataError(f"client {plan.id}: cohorts {known[plan.id]} and {plan.cohort} have a client of this id; rename one")
+        known[plan.id] = plan.cohort
+
+
 def plans_to_json(plans: Iterable[ClientPlan]) -> str:
     """Return plans as JSON text, the same text for the same plans."""
     return json.dumps([plan.record() for plan in plans], separators=(",", ":"), sort_keys=True)

@@ -285,6 +285,16 @@ def test_two_cohorts_of_one_name(omnifm: Command, job: Path, data: Path, tmp_pat
     assert "cohort scan: two cohorts of the federation have this name" in omnifm("run", job, "--set", value).complaint
 
 
+def test_two_clients_of_one_id(omnifm: Command, job: Path, tmp_path: Path) -> None:
+    """brats by modality has the client brats-CT-0, and so has brats-CT cut into parts."""
+    folders = [write_images(tmp_path / name, name, "CT", {"train": 24, "val": 4, "test": 4}) for name in ("brats", "brats-CT")]
+    kinds = ("by_modality", "iid")
+    entries = [f'{{path="{f}", partition="{kind}", clients=2}}' for f, kind in zip(folders, kinds, strict=True)]
+    complaint = omnifm("run", job, "--set", f"federation.cohorts=[{', '.join(entries)}]", "--out", "r").complaint
+    assert "client brats-CT-0: cohorts brats and brats-CT have a client of this id; rename one" in complaint
+    assert not Path("r").exists()
+
+
 def test_a_message_with_line_breaks_is_still_one_line(omnifm: Command, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise DataError("row 3: label 'ze\nbra'\r\nis unknown")
