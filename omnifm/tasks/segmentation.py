@@ -6,6 +6,7 @@ structure is background. Scores are those of `omnifm.metrics.segmentation`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from omnifm.backbones.build import load_weights
 from omnifm.backbones.maps import add_back, to_tokens
 from omnifm.backbones.monai_parts import monai_part
 from omnifm.backbones.unet import STEPS, UNetDecoder, UNetEncoder
@@ -213,7 +215,10 @@ class Segmentation(Task):
     def backbone(self) -> Backbone:
         """Return a U-Net's encoder of `model.width`."""
         model = self.data.config.model
-        return SegmentationBackbone(self.data.config.data.channels, model.width, model.norm)
+        net = SegmentationBackbone(self.data.config.data.channels, model.width, model.norm)
+        if model.weights:
+            load_weights(net.trunk, Path(model.weights))
+        return net
 
     def head(self, token_dim: int) -> Head:
         """Return a U-Net's decoder with an output for each class of the union."""

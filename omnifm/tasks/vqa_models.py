@@ -273,10 +273,15 @@ class Llava(Network):
             trained: questions and answers of training rows; a small model's tokenizer learns from them.
 
         Raises:
-            ConfigError: the prompt has no place for a question, images are grey, or the language model's folder does not fit.
+            ConfigError: the prompt has no place for a question, images are grey, `model.weights` names a file, or the language
+                model's folder does not fit.
         """
         if config.data.channels != 3:
             raise ConfigError("tasks.vqa.model = 'llava': CLIP reads colour images, set data.channels = 3")
+        if config.model.weights:
+            raise ConfigError(
+                "model.weights: tasks.vqa.model = 'llava' reads its weights from tasks.vqa.llava.vision and .language"
+            )
         if _PLACE not in prompt:
             raise ConfigError(f"tasks.vqa.prompt: holds no {_PLACE}")
         self._config, self._options, self._prompt, self._most = config, options, prompt, lengths[0]

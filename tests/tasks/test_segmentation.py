@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional
 
 from omnifm import build, run, seeds
@@ -60,6 +61,24 @@ def make_task(data: Path, cohorts: list[Path], label_space: str = "name", **opti
     task = build.make_task(config, build.load_data(config))
     assert isinstance(task, Segmentation)
     return task
+
+
+def test_weights_come_from_a_file_of_an_earlier_run(data: Path, tmp_path: Path) -> None:
+    def encoder(weights: Path | str = "") -> dict[str, torch.Tensor]:
+        settings = raw(data, "fedavg", [data / TISSUE])
+        settings["model"] |= {"weights": str(weights)}
+        config = parse(settings)
+        return build.make_task(config, build.load_data(config)).backbone().state_dict()
+
+    file = tmp_path / "model.safetensors"
+    with seeds.scope(1, "other"):
+        earlier = encoder()
+    save_file({f"backbone.{name}": tensor.contiguous() for name, tensor in earlier.items()}, file)
+    found = encoder(file)
+    assert found.keys() == earlier.keys() and all(torch.equal(found[name], tensor) for name, tensor in earlier.items())
+    save_file({"conv.weight": torch.zeros(1)}, file)
+    with pytest.raises(ConfigError, match=r"^model\.weights: .*model\.safetensors lacks tensor "):
+        encoder(file)
 
 
 @pytest.mark.parametrize("strategy", ["omnifm", "fedavg", "fedper"])
