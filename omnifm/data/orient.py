@@ -17,6 +17,8 @@ from omnifm.data.readers import Image, read_image, read_mask_image
 from omnifm.errors import DataError
 
 Affine = npt.NDArray[np.float64]
+Stored = tuple[str, bool]
+"""A row's id, and whether its flat image is stored by columns."""
 _SPACING_TOLERANCE = 0.01
 
 
@@ -67,10 +69,25 @@ def _require_flat_fit(other: Image, image: Image) -> None:
         raise DataError("pixels of {} mm, the image's are of {} mm: bring both onto one grid".format(*sizes))
 
 
+def without_pixels(image: Image) -> Image:
+    """Return what an image says of itself, with as many axes: what is kept of a volume must not be large."""
+    return replace(image, array=np.empty((0,) * image.array.ndim, dtype=np.float32))
+
+
+def stored_otherwise(image: Image, first: Stored | None) -> str:
+    """Return what is wrong with a flat image that a model would see transposed, since the first flat row is stored otherwise."""
+    if first is None or image.array.ndim != 3 or image.by_columns == first[1]:
+        return ""
+    by_rows, by_columns = "stored by rows", "a flat NIfTI, which is stored by columns"
+    own, other = (by_columns, by_rows) if image.by_columns else (by_rows, by_columns)
+    return f"is {own}, and row '{first[0]}' is {other}: save all alike"
+
+
 class Rows:
     """Images and masks of a cohort's rows as training sees them: every volume lies as that of the first row.
 
-    The second image of a pair and masks lie as their image does; see `lying_as`.
+    Flat images, which say nothing of how they lie, are stored along the axes of the first row's, if that is one. The second image
+    of a pair and masks lie as their image does; see `lying_as`.
     """
 
     def __init__(self, cohort: Cohort) -> None:
@@ -79,11 +96,22 @@ class Rows:
     @cached_property
     def like(self) -> Affine | None:
         """How all volumes are to lie; None where the first is a picture, or does not say."""
-        return read_image(self.cohort.path(0)).affine if self.cohort.rows else None
+        return self._first.affine if self._first else None
+
+    @cached_property
+    def _first(self) -> Image | None:
+        return without_pixels(read_image(self.cohort.path(0))) if self.cohort.rows else None
+
+    def require_stored_alike(self, image: Image) -> None:
+        """Raise DataError if a flat image is stored along other axes than the first row's."""
+        flat = self._first if self._first is not None and self._first.array.ndim == 3 else None
+        if flat and (wrong := stored_otherwise(image, (self.cohort.rows[0].id, flat.by_columns))):
+            raise DataError(wrong)
 
     def image(self, index: int, column: str = "image") -> Image:
-        """Read `image` or `image_b` of a row. Raises DataError: it cannot be read, or `image_b` does not fit."""
+        """Read `image` or `image_b` of a row. Raises DataError: it cannot be read, or does not fit the others."""
         found = read_image(self.cohort.path(index, column))
+        self.require_stored_alike(found)
         if column != "image" and found.array.ndim == 4:
             found = lying_as(found, read_image(self.cohort.path(index)))
         return turned(found, self.like)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from omnifm.data.cohort import Cohort, CohortSpec, scan
 from omnifm.data.manifest import MANIFEST_FILE, Problem, Row, outside_reason, resolve_inside
-from omnifm.data.orient import lying_as
+from omnifm.data.orient import Stored, lying_as, stored_otherwise, without_pixels
 from omnifm.data.readers import Image, read_image, read_mask_image
 from omnifm.errors import DataError
 
@@ -58,11 +58,17 @@ def _pixel_problems(
         once.setdefault((row.image, row.image_b, row.mask, row.mask_b), (number, row))
     items = list(once.values())
     silent = bool(items) and _silent(folder, items[0][1].image)
+    first: Stored | None = None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(items), _BATCH):
             batch = items[start : start + _BATCH]
-            messages = pool.map(lambda item: _row_messages(folder, spec, item[1], silent), batch)
-            yield from (Problem(MANIFEST_FILE, n, text) for (n, _), texts in zip(batch, messages, strict=True) for text in texts)
+            looked = pool.map(lambda item: _row_messages(folder, spec, item[1], silent), batch)
+            for (number, row), (texts, image) in zip(batch, looked, strict=True):
+                if image is not None and (wrong := stored_otherwise(image, first)):
+                    texts.append(f"image '{row.image}': {wrong}")
+                if first is None and image is not None and image.array.ndim == 3:
+                    first = (row.id, image.by_columns)
+                yield from (Problem(MANIFEST_FILE, number, text) for text in texts)
             if progress is not None:
                 progress(start + len(batch), len(items))
 
@@ -73,8 +79,11 @@ def _silent(folder: Path, relative: str) -> bool:
     return image is not None and image.array.ndim == 4 and image.affine is None
 
 
-def _row_messages(folder: Path, spec: CohortSpec, row: Row, silent: bool) -> list[str]:
-    """Return what is wrong with the files one row names; `silent`: the first volume does not say how it lies."""
+def _row_messages(folder: Path, spec: CohortSpec, row: Row, silent: bool) -> tuple[list[str], Image | None]:
+    """Return what is wrong with the files one row names, and its image without pixels.
+
+    `silent`: the first volume does not say how it lies.
+    """
     messages: list[str] = []
     image = _image(folder, "image", row.image, spec, messages)
     if silent and image is not None and image.affine is not None:
@@ -85,7 +94,7 @@ def _row_messages(folder: Path, spec: CohortSpec, row: Row, silent: bool) -> lis
     if spec.task == "segmentation":
         for column in ("mask", "mask_b"):
             messages += _mask_messages(folder, column, row.value(column), spec, image)
-    return messages
+    return messages, image and without_pixels(image)
 
 
 def _image(folder: Path, column: str, relative: str, spec: CohortSpec | None, messages: list[str]) -> Image | None:

@@ -9,7 +9,7 @@ from omnifm.data.dicom import series_files
 from omnifm.data.validate import require_valid
 
 # Another number where the check finds more than it did: every cohort is looked at again.
-_FORMAT = 3
+_FORMAT = 4
 
 
 def require_vetted(cohorts: Iterable[Cohort], cache_dir: Path) -> None:

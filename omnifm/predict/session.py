@@ -67,6 +67,7 @@ class Session:
         like = self._rows.like
         images = [_read(path, like) for path in case.files]
         try:
+            self._rows.require_stored_alike(images[0])
             seen = [self._as_in_training(image, images[0]) for image in images]
             batch = self._task.examples(seen, question, self.client)
             prediction = self._in_parts(batch)

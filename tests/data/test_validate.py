@@ -1,5 +1,7 @@
 """What shows only when the images are opened, and that the checker finds all of it at once."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from omnifm.data.cohort import Cohort, Row, write_cohort
+from omnifm.data.orient import Rows
 from omnifm.data.validate import Problem, require_valid, validate
 from omnifm.errors import DataError
 from tests.data.builders import classification, noise, save_png, spec
@@ -123,6 +126,29 @@ def test_a_flat_nifti_goes_with_another_one_alone(tmp_path: Path) -> None:
     assert "mask 'm.nii': one of the two is a flat NIfTI, which is stored by columns" in line
     nibabel.save(nibabel.Nifti1Image(noise(8, 8).astype(np.float32), np.eye(4)), tmp_path / "a.nii")
     write_cohort(tmp_path, keys, [Row("r", "train", image="a.nii", mask="m.nii")])
+    assert lines(tmp_path) == []
+
+
+@pytest.mark.parametrize("first", ["png", "nii"])
+def test_flat_images_of_a_cohort_are_all_stored_along_the_same_axes(first: str, tmp_path: Path) -> None:
+    """The first flat row decides; a volume before it, and one among them, have headers that say how they lie."""
+    for name in "abc":
+        save_png(tmp_path / f"{name}.png", noise(8, 10))
+        nibabel.save(nibabel.Nifti1Image(noise(8, 10).astype(np.float32), np.eye(4)), tmp_path / f"{name}.nii")
+    nibabel.save(nibabel.Nifti1Image(noise(4, 4, 4).astype(np.float32), np.eye(4)), tmp_path / "v.nii")
+    other = "nii" if first == "png" else "png"
+    names = ["v.nii", f"a.{first}", "v.nii", f"b.{first}", f"c.{other}"]
+    rows = [Row(f"r{i}", "train", image=name, label="a") for i, name in enumerate(names)]
+    cohort = Cohort.read(write_cohort(tmp_path, spec(slice_axis=0), rows))
+    kinds = {"png": "stored by rows", "nii": "a flat NIfTI, which is stored by columns"}
+    said = f"is {kinds[other]}, and row 'r1' is {kinds[first]}: save all alike"
+    assert lines(tmp_path) == [f"manifest.csv row 6: image 'c.{other}': {said}"]
+    reader = Rows(replace(cohort, rows=cohort.rows[1:]))
+    assert [reader.image(i).array.ndim for i in range(3)] == [3, 4, 3]
+    with pytest.raises(DataError, match=f"^{re.escape(said)}$"):
+        reader.image(3)
+    assert Rows(cohort).image(4).array.ndim == 3, "a first row that is a volume says nothing of flat ones"
+    write_cohort(tmp_path, spec(slice_axis=0), rows[:-1])
     assert lines(tmp_path) == []
 
 

@@ -1,10 +1,12 @@
 """`omnifm predict` on classification: the whole command, its files and its complaints."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -176,6 +178,15 @@ def test_a_volume_of_another_kind_is_one_line(omnifm: Command, finished: Finishe
     ended = omnifm("predict", finished("fedavg"), folder, "--client", CLIENT, "--out", "out")
     assert ended.code == 1
     assert ended.err == f"omnifm: {folder}: is a volume, and cohort.toml has no slice_axis to cut it along\n"
+
+
+def test_a_flat_nifti_is_no_picture_for_a_model_of_png_files(omnifm: Command, finished: Finished, tmp_path: Path) -> None:
+    """It is stored by columns: the model would see it transposed."""
+    nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((SIDE, SIDE), np.float32), np.eye(4)), tmp_path / "x.nii")
+    ended = omnifm("predict", finished("fedavg"), "x.nii", "--client", CLIENT, "--out", "out")
+    assert ended.code == 1
+    said = r"is a flat NIfTI, which is stored by columns, and row '\S+' is stored by rows: save all alike"
+    assert re.fullmatch(rf"omnifm: x\.nii: {said}\n", ended.err)
 
 
 def test_a_link_that_leads_out_of_the_folder_is_not_followed(omnifm: Command, finished: Finished, tmp_path: Path) -> None:
