@@ -12,6 +12,7 @@ from omnifm.deploy.data import COLUMNS
 from omnifm.errors import ConfigError, FederationError
 from omnifm.federation.messages import Request
 from omnifm.federation.strategies.omnifm import OmniFMOptions
+from omnifm.privacy.accounting import LEAST_NOISE
 
 _SCORED = ("val", "test")
 
@@ -101,7 +102,7 @@ class Policy(BaseModel):
 
     def check_epsilon(self, epsilon: float) -> None:
         """Raise FederationError if with the answer that is asked for more would have left than may."""
-        if self.max_epsilon and epsilon > self.max_epsilon:
+        if self.max_epsilon and not epsilon <= self.max_epsilon:  # no comparison with NaN holds
             raise FederationError(
                 f"refused by this hospital's policy: with this answer one example has an epsilon of {epsilon:.3g} "
                 f"(delta {self.delta:g}), at most {self.max_epsilon:g} is allowed"
@@ -115,8 +116,8 @@ class Policy(BaseModel):
             found = getattr(privacy, key)
             if found < least:
                 yield f"privacy.{key} = {found:g}, at least {least:g} is wanted"
-        if self.max_epsilon and not privacy.example_noise:
-            yield f"privacy.example_noise = 0, with which no epsilon of {self.max_epsilon:g} can be kept"
+        if self.max_epsilon and privacy.example_noise < LEAST_NOISE:
+            yield f"privacy.example_noise = {privacy.example_noise:g}, with which no epsilon of {self.max_epsilon:g} can be kept"
         if privacy.noise == "seeded" and (self.min_example_noise or self.min_client_noise or self.max_epsilon):
             yield 'privacy.noise = "seeded", which anybody can take off'
 

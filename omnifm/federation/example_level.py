@@ -23,6 +23,7 @@ from omnifm.errors import ConfigError
 from omnifm.federation.noise import stream_key
 from omnifm.federation.state import LocalJob
 from omnifm.privacy import crypto
+from omnifm.privacy.accounting import stated
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardswish, nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 # What float64 norms of float32 gradients may be off by.
@@ -195,7 +196,7 @@ def record(privacy: PrivacyConfig, epsilons: Mapping[str, float]) -> dict[str, A
     """Return what `metrics.json` says: the client with the largest epsilon speaks for all."""
     worst = max(epsilons, key=lambda client: epsilons[client])
     return {
-        "epsilon": epsilons[worst] if privacy.example_noise else None,
+        "epsilon": stated(epsilons[worst]),
         "client": worst,
         "delta": privacy.delta,
         "clip": privacy.example_clip,

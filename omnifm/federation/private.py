@@ -7,7 +7,6 @@ once, before the strategy makes anything of it. Whatever it makes then (a step, 
 Noise is in float64, from ChaCha20's key stream; that floating-point numbers are no real ones (I. Mironov, CCS 2012) stays so.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -161,7 +160,7 @@ def statement(
 
 
 def _worth(found: Worth) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in found._asdict().items()}
+    return {name: accounting.stated(value) for name, value in found._asdict().items()}
 
 
 def _prototypes(privacy: PrivacyConfig, strategy: Strategy) -> dict[str, Any]:
@@ -179,8 +178,8 @@ def _client_level(config: Config, clients: int, schedule: Sequence[Sequence[str]
     privacy = config.privacy
     found = accounting.spent(privacy.noise_multiplier, privacy.delta, clients, schedule)
     return {
-        "epsilon": found.epsilon if privacy.noise_multiplier else None,
-        "epsilon_participation_known": found.participation_known if privacy.noise_multiplier else None,
+        "epsilon": accounting.stated(found.epsilon),
+        "epsilon_participation_known": accounting.stated(found.participation_known),
         "delta": privacy.delta,
         "clip": privacy.clip,
         "noise_multiplier": privacy.noise_multiplier,

@@ -27,6 +27,9 @@ from omnifm.errors import ConfigError
 
 SLACK = 1e-3
 """By how much a clipped update may be longer than C: rounding of weights to float32, of sums to a ring."""
+LEAST_NOISE = 1e-3
+"""Noise multiplier below which epsilon is infinite. With it one step is worth 500,000 already, a promise of nothing; far below it
+1 / z^2 leaves what floating-point numbers hold, and of a divergence that is no number dp-accounting makes an epsilon of 0."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,11 @@ def epsilon_of_examples(
 def epsilon_of_all(delta: float, steps: Iterable[Steps], releases: Iterable[Releases]) -> float:
     """Return epsilon of everything that one client's examples went into, of any noise.
 
-    Infinite without noise. Neighbours: one example more or less (the number of examples counts as known). I. Mironov, K. Talwar,
-    L. Zhang, "Renyi differential privacy of the sampled Gaussian mechanism", arXiv 1908.10530, 2019.
+    Infinite with a noise below LEAST_NOISE. Neighbours: one example more or less (the number of examples counts as known).
+    I. Mironov, K. Talwar, L. Zhang, "Renyi differential privacy of the sampled Gaussian mechanism", arXiv 1908.10530, 2019.
     """
     trained, told = [s for s in steps if s.count], [r for r in releases if r.count]
-    if not all([s.noise_multiplier for s in trained] + [r.noise_multiplier for r in told]):
+    if not all(noise >= LEAST_NOISE for noise in (*(s.noise_multiplier for s in trained), *(r.noise_multiplier for r in told))):
         return math.inf
     if not trained and not told:
         return 0.0
@@ -123,7 +126,17 @@ def epsilon_of_all(delta: float, steps: Iterable[Steps], releases: Iterable[Rele
         accountant.compose(accounting.PoissonSampledDpEvent(s.rate, accounting.GaussianDpEvent(s.noise_multiplier)), s.count)
     for r in told:
         accountant.compose(accounting.GaussianDpEvent(r.noise_multiplier), r.count)
-    return float(accountant.get_epsilon(delta))
+    return _read(accountant, delta)
+
+
+def _read(accountant: Any, delta: float) -> float:
+    """Return an accountant's epsilon; infinite where a divergence is no number, of which the library makes 0."""
+    return math.inf if any(math.isnan(divergence) for divergence in accountant.rdp) else float(accountant.get_epsilon(delta))
+
+
+def stated(found: float) -> float | None:
+    """Return an epsilon as `metrics.json` has it: None where it is infinite."""
+    return found if math.isfinite(found) else None
 
 
 def _library() -> Any:
@@ -149,9 +162,10 @@ def epsilon(
 ) -> float:
     """Return epsilon of so many rounds, with a draw of m of n (`sampling`) or with the client in all of them, and of releases.
 
-    Infinite without noise.
+    Infinite with a noise below LEAST_NOISE.
     """
-    if (rounds and not noise_multiplier) or (releases.count and not releases.noise_multiplier):
+    noises = [noise_multiplier] * bool(rounds) + [releases.noise_multiplier] * bool(releases.count)
+    if not all(noise >= LEAST_NOISE for noise in noises):
         return math.inf
     accounting = _library()
     accountant = accounting.rdp.RdpAccountant(neighboring_relation=accounting.NeighboringRelation.REPLACE_ONE)
@@ -162,4 +176,4 @@ def epsilon(
         accountant.compose(event, rounds)
     if releases.count:
         accountant.compose(accounting.GaussianDpEvent(releases.noise_multiplier), releases.count)
-    return float(accountant.get_epsilon(delta)) if rounds or releases.count else 0.0
+    return _read(accountant, delta) if rounds or releases.count else 0.0

@@ -78,12 +78,12 @@ def _example_level(level: ExampleLevel) -> list[Block]:
 
 
 def _epsilon(value: float | None) -> str:
-    return "none: no noise is added" if value is None else number(value)
+    return "none: no noise, or next to none, is added" if value is None else number(value)
 
 
 def _meaning(level: ClientLevel) -> tuple[str, ...]:
     if level.epsilon is None:
-        return ("Updates are clipped and no noise is added: this run has no differential privacy.",)
+        return ("Updates are clipped and no noise, or next to none, is added: this run has no differential privacy.",)
     means = (
         "Had any one client held other data, every set of shared models would have been at most exp(epsilon) times as probable, "
         "but for delta. The server itself is trusted: it sees each update"

@@ -53,7 +53,7 @@ class Traffic(_Record):
 
 
 class ClientLevel(_Record):
-    """Client-level differential privacy of a run; epsilon is None without noise."""
+    """Client-level differential privacy of a run; epsilon is None where it is infinite."""
 
     epsilon: float | None
     epsilon_participation_known: float | None
@@ -97,7 +97,7 @@ class Prototypes(_Record):
 
 
 class Unit(_Record):
-    """Epsilon for one kind of neighbours; None without noise, 0 for what is not sent."""
+    """Epsilon for one kind of neighbours; None where it is infinite, 0 for what is not sent."""
 
     unit: str
     client: str | None

@@ -5,7 +5,7 @@ import math
 import os
 import stat
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,33 @@ def test_what_once_left_without_noise_is_remembered(data: Path, tmp_path: Path) 
     private = Asked(data, make_config(data, **PRIVATE), tmp_path, Policy(max_epsilon=1e6))
     assert Ledger(private.path).epsilon(DELTA) == math.inf
     assert "an epsilon of inf" in str(private("train"))
+
+
+@pytest.mark.parametrize("noise", [1e-200, 1e-153, 1e-20])
+def test_next_to_no_noise_is_no_noise(noise: float, data: Path, tmp_path: Path) -> None:
+    """The accountant's NaN read as 0, and every later answer cost nothing."""
+    config = make_config(data, **{**PRIVATE, "example_noise": noise})
+    with pytest.raises(FederationError, match=rf"privacy\.example_noise = {noise:g}, with which no epsilon of 1e\+06 can be"):
+        Policy(max_epsilon=1e6).check(config)
+    asked = Asked(data, config, tmp_path)
+    assert isinstance(asked("train"), Reply) and Ledger(asked.path).epsilon(DELTA) == math.inf
+    later = Asked(data, make_config(data, **PRIVATE), tmp_path, Policy(max_epsilon=1e6))
+    assert "an epsilon of inf" in str(later("train"))
+
+
+@pytest.mark.parametrize("kept", [{"steps": [Steps(1e-153, 0.25, 6)]}, {"releases": [Releases(1e-200, 1)]}])
+def test_a_ledger_that_was_written_with_next_to_no_noise_is_worth_everything(kept: dict[str, list[Any]], tmp_path: Path) -> None:
+    path = tmp_path / "ledger.json"
+    good = {"steps": [asdict(Steps(1.0, 0.25, 6))], "releases": [asdict(Releases(1.0, 1))]}
+    path.write_text(json.dumps({name: [*map(asdict, kept.get(name, [])), *entries] for name, entries in good.items()}))
+    assert Ledger(path).epsilon(DELTA) == Ledger(path).epsilon(DELTA, Answer(Steps(1.0, 0.25, 6))) == math.inf
+
+
+@pytest.mark.parametrize("epsilon", [math.nan, math.inf, 3.1])
+def test_an_epsilon_that_is_no_number_is_not_below_the_limit(epsilon: float) -> None:
+    Policy(max_epsilon=3.0).check_epsilon(3.0)
+    with pytest.raises(FederationError, match="at most 3 is allowed"):
+        Policy(max_epsilon=3.0).check_epsilon(epsilon)
 
 
 @pytest.mark.parametrize("noise", [0.0, 2.0])
