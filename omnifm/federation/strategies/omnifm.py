@@ -179,6 +179,8 @@ class OmniFM(Strategy):
     def _told(self, job: LocalJob, path: SpectralPath) -> tuple[Upload, dict[str, Tensor]]:
         """Return prototypes and retrievals as they are."""
         s = self._embeddings(job, path, _BATCH)
+        if not bool(s.isfinite().all()):
+            raise FederationError(f"client {job.client}, round {job.round}: a spectral embedding is not finite")
         bank = self.options.bank
         generator = seeds.generator(job.seed, "prototypes", job.round, job.client)
         labels = job.labels if bank.per_class else None
@@ -203,7 +205,10 @@ class OmniFM(Strategy):
         generator = seeds.generator(job.seed, "centres", job.client)
         centres = kept.get(_CENTRES, first_centres(o.bank.prototypes, o.dim, o.rho, generator))
         # One by one: an image that is not there must not move a rounding of another's embedding.
-        added, place = contributions(self._embeddings(job, path, 1), centres, release.clip)
+        s = self._embeddings(job, path, 1)
+        # Weights can be made so that one image's overflows. An error, or NaN in the sums, would tell of it through any noise.
+        s = s.masked_fill(~s.isfinite().all(dim=1, keepdim=True), 0.0)
+        added, place = contributions(s, centres, release.clip)
         longest = bound(release.clip)
         sums = release.sums(added, place, len(centres), longest, "prototypes", job.round, job.client)
         found = step(sums, centres, release.clip, release.deviation(longest, len(added)), o.rho)
@@ -214,10 +219,7 @@ class OmniFM(Strategy):
     def _embeddings(job: LocalJob, path: SpectralPath, size: int) -> Tensor:
         path.eval()
         parts = torch.arange(len(job.data.train)).split(size)
-        s = torch.cat([path.embed(job.data.train.batch(part).image.to(job.device)).cpu() for part in parts])
-        if not bool(s.isfinite().all()):
-            raise FederationError(f"client {job.client}, round {job.round}: a spectral embedding is not finite")
-        return s
+        return torch.cat([path.embed(job.data.train.batch(part).image.to(job.device)).cpu() for part in parts])
 
     def _shares(self, client: str, row_id: Tensor, count: Tensor, rows: BankRows) -> dict[str, float]:
         """Return which share of the retrieved rows was the client's own, of its modality, of another one."""
