@@ -159,6 +159,8 @@ class Site:
         if self._config.privacy.clip:
             tensors = shortened(tensors, request.tensors, self._config.privacy.clip)
         tensors, held_back = self._compression.compress(tensors, request.tensors, residual)
+        if job.release and upload.extra:
+            self._store.note_release(job.client, job.round)
         self._save(request, job, held_back)
         reply = self._reply(request, self._count(request), tensors, upload.extra, {**losses, **upload.metrics})
         return self._parties.hide(request, reply)
@@ -244,6 +246,7 @@ class Site:
             lr=lr,
             training=training,
             release=self.release,
+            released=self._store.released(request.client) if self.release else frozenset(),
         )
 
     @staticmethod

@@ -113,6 +113,7 @@ class LocalJob:
         phase: number of the phase that is trained.
         steps: optimiser steps taken so far, all phases together.
         release: how spectra of this client's images may leave; None: as they are.
+        released: rounds in which they did, those that did not count too, and this one if it is done again after a crash.
     """
 
     client: str
@@ -130,3 +131,4 @@ class LocalJob:
     phase: int = 0
     steps: int = 0
     release: Release | None = None
+    released: frozenset[int] = frozenset()

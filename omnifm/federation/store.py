@@ -3,7 +3,8 @@
 The state a client has after its training in round r is version r + 1. A request of round r is answered from the newest
 version that is at most r. A server that was killed and asks for round r again therefore gets the state from before r,
 whatever was written in the meantime. Of rounds that did not count (the reply was refused, or late) the client hears with its
-next request; their versions are passed over, so that client and server remember the same rounds.
+next request; their versions are passed over, so that client and server remember the same rounds. What left in them has left all
+the same: the rounds of releases that a budget pays for are in a file beside the versions, from which nothing is taken back.
 """
 
 import os
@@ -11,12 +12,15 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omnifm.errors import CheckpointError, FederationError
 from omnifm.federation.wire import CLIENT
+
+_RELEASED, _ROUNDS = "released", "rounds"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -107,6 +111,24 @@ class ClientStore:
         for version in versions:
             if version not in needed and version <= round_index + 1:
                 self._path(client, version).unlink()
+
+    def released(self, client: str) -> frozenset[int]:
+        """Return the rounds in which something that a budget pays for left the client, whether they counted or not."""
+        path = self._client_folder(client) / _RELEASED
+        return frozenset(read_tensors(path)[_ROUNDS].tolist()) if path.is_file() else frozenset()
+
+    def note_release(self, client: str, round_index: int) -> None:
+        """Note such a round before its answer leaves; one that is done again after a crash is the same round."""
+        rounds = self.released(client)
+        if round_index in rounds:
+            return
+        path = self._client_folder(client) / _RELEASED
+        write_tensors(path, {_ROUNDS: torch.tensor(sorted({*rounds, round_index}))})
+        place = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(place)  # a power cut would bring back the old file
+        finally:
+            os.close(place)
 
     def _path(self, client: str, version: int) -> Path:
         return self._client_folder(client) / f"{version:06d}.safetensors"

@@ -4,6 +4,7 @@
     checkpoint/best.json            the same for the round that was best on validation
     checkpoint/server-000012.safetensors
     checkpoint/clients/ID/000012.safetensors    written by the clients' sites (`federation.store`)
+    checkpoint/clients/ID/released              the rounds in which it sent noisy prototypes; no checkpoint names it
 
 The tensor file is written first, then `last.json` is replaced: a crash between the two leaves the round before.
 """

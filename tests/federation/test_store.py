@@ -50,6 +50,16 @@ def test_a_kept_moment_between_two_versions_keeps_the_earlier(tmp_path: Path) ->
     assert held(store, 4) == 0.0
 
 
+def test_no_void_round_and_no_later_version_takes_a_release_back(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    assert store.released("c") == frozenset()
+    for index in (3, 0, 3):
+        store.note_release("c", index)
+        store.save("c", index, value(index), void=(3,))
+    assert store.released("c") == ClientStore(tmp_path).released("c") == {0, 3} and store.released("d") == frozenset()
+    assert store.versions("c") == [1, 4], "it is no version"
+
+
 def test_clients_do_not_see_each_other(tmp_path: Path) -> None:
     store = ClientStore(tmp_path)
     store.save("c", 0, value(1.0))

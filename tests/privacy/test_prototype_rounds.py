@@ -11,12 +11,15 @@ pytest.importorskip("cryptography")
 pytest.importorskip("dp_accounting")
 pytest.importorskip("opacus")
 
-from omnifm.federation.messages import Request
+from omnifm.errors import CheckpointError
+from omnifm.federation.budgets import by_client
+from omnifm.federation.messages import Reply, Request
 from omnifm.federation.strategies.omnifm import OmniFM
+from omnifm.privacy.accounting import Releases, epsilon_of_examples
 from omnifm.spectral.compose import SpectralPath
 from omnifm.spectral.lloyd import bound
-from tests.privacy.test_prototype_budget import MEAN, UPLOAD, Kept, private
-from tests.support import MemorySplit
+from tests.privacy.test_prototype_budget import MEAN, UPLOAD, Kept, checked, private
+from tests.support import Altered, MemorySplit, differing
 
 
 def overflowing(path: SpectralPath, images: Tensor) -> Tensor:
@@ -51,3 +54,43 @@ def test_an_image_whose_embedding_overflows_stops_nothing_and_moves_the_sums_by_
     sent = {**lab.untrained, "path.tokenizer.embed.weight": weight}
     reply = lab.site.handle(Request("train", 0, "c", sent, {}, {"epochs": 1, "steps": 0, "keep": []}))
     assert set(reply.extra) == UPLOAD and all(bool(tensor.isfinite().all()) for tensor in reply.extra.values())
+
+
+@pytest.mark.parametrize("releases", [1, 2])
+def test_a_round_that_does_not_count_is_paid_for_too(releases: int, tmp_path: Path) -> None:
+    """A client whose replies came late, or were refused, began again from the same centres every time: noise to be averaged."""
+    left: list[set[str]] = []
+
+    def spoil(reply: Reply) -> Reply:
+        if (reply.kind, reply.client) != ("train", "a"):
+            return reply
+        left.append(set(reply.extra))
+        return replace(reply, num_examples=0) if reply.round < 3 else reply
+
+    facts = {"security__refused": "skip", "federation__rounds": 4, "privacy__prototype_releases": releases}
+    lab = checked(private(tmp_path, engine=lambda site: Altered(site, spoil), **facts))
+    lab.run()
+    assert left == [UPLOAD] * releases + [set()] * (4 - releases)
+    spectra = epsilon_of_examples(0.0, 1e-5, 0, 1.0, Releases(1.0, releases + 1))  # the mean spectrum is the one more
+    assert by_client(lab.config, lab.num_train, lab.schedule, lab.strategy)["a"].prototypes == spectra
+
+
+def test_a_round_that_is_done_again_is_the_same_release(tmp_path: Path) -> None:
+    """After a crash of the server a run goes on bit for bit, and its client still has its one release."""
+    lab = private(tmp_path, **MEAN)
+    settings = {"epochs": 1, "steps": 0, "keep": []}
+    once, again = (lab.site.handle(Request("train", 0, "a", lab.untrained, {}, settings)).extra for _ in range(2))
+    assert set(once) == UPLOAD and not differing(once, again)
+    for void in ([], [0]):
+        assert not lab.site.handle(Request("train", 1, "a", lab.untrained, {}, {**settings, "void": void})).extra
+    assert set(lab.site.handle(Request("train", 0, "b", lab.untrained, {}, settings)).extra) == UPLOAD
+
+
+def test_a_release_that_cannot_be_noted_does_not_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object) -> None:
+        raise CheckpointError(f"{path}: cannot be written (No space left on device)")
+
+    lab = private(tmp_path, **MEAN)
+    monkeypatch.setattr("omnifm.federation.store.write_tensors", refuse)
+    with pytest.raises(CheckpointError, match=r"a/released: cannot be written"):
+        lab.site.handle(Request("train", 0, "a", lab.untrained, {}, {"epochs": 1, "steps": 0, "keep": []}))

@@ -198,7 +198,9 @@ class OmniFM(Strategy):
 
         Each release is one Lloyd step from the rows of the last one, which are public, or from random points.
         """
-        sent, o = int(job.state.get(_SENT, torch.zeros(()))), self.options
+        # What left in a round that did not count is paid for too; a round that is done again after a crash is one release.
+        sent = max(int(job.state.get(_SENT, torch.zeros(()))), len(job.released - {job.round}))
+        o = self.options
         kept = {name: job.state[name] for name in (_CENTRES, _SENT) if name in job.state}
         if sent >= release.rounds:
             return Upload(), kept
