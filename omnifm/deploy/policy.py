@@ -37,7 +37,7 @@ class Policy(BaseModel):
     columns: list[str] = Field(
         list(COLUMNS), description="Columns of the manifest by whose values a config may part the cohort; they get into ids."
     )
-    min_examples: int = Field(0, ge=0, description="Fewest training examples of this hospital that an answer is trained on.")
+    min_examples: int = Field(0, ge=0, description="Fewest training examples of this hospital that an answer is made of.")
     max_rounds: int = Field(0, ge=0, description="Most rounds; 0: any number.")
     max_local_epochs: int = Field(
         0, ge=0, description="Most passes over the data in a round, or of fine-tuning before a test; 0: any number."
@@ -95,7 +95,9 @@ class Policy(BaseModel):
         most = self.max_local_epochs * math.ceil(examples / batch_size)
         if most and steps > most:
             short.append(f"steps = {steps} in a request, {self.max_local_epochs} passes over the data are {most}")
-        if request.kind == "train" and examples < self.min_examples:
+        # A mean spectrum, and scores after fine-tuning, are made of them too.
+        read = request.kind in ("train", "describe") or bool(request.settings.get("finetune_epochs"))
+        if read and examples < self.min_examples:
             short.append(f"{examples} training examples, at least {self.min_examples} are wanted")
         if short:
             raise FederationError(f"refused by this hospital's policy: {'; '.join(short)}")

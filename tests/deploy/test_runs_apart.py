@@ -14,7 +14,7 @@ from omnifm.deploy.server import Job
 from omnifm.engines.calls import Call, pack, unpack
 from omnifm.errors import FederationError
 from omnifm.federation.introduction import MOST_BYTES, read_introduction
-from omnifm.federation.messages import Request, encode
+from omnifm.federation.messages import Kind, Request, encode
 from tests.deploy.post import Post, hurry, open_bays
 from tests.deploy.test_server import CLIENTS, private, remembered, serve
 from tests.run import jobs
@@ -93,9 +93,9 @@ class Server:
         heard = [dict(unpack(h.answer(pack(Call("introduce", {"config": raw})))).header) for h in hospitals]
         self.hospital, self.header = hospitals[0], {"config": raw, "run": "a", "introductions": heard}
 
-    def ask(self, number: int = 0, **settings: Any) -> str:
+    def ask(self, number: int = 0, kind: Kind = "train", **settings: Any) -> str:
         tensors = self.hospital._opened(self.header).site.initial_shared()
-        request = Request("train", number, "scan-0", tensors, settings={"epochs": 1, **settings})
+        request = Request(kind, number, "scan-0", tensors, settings={"epochs": 1, **settings})
         answer = unpack(self.hospital.answer(pack(Call("answer", self.header, encode(request)))))
         return f"{answer.kind}: {answer.header.get('message', '')}"
 
@@ -113,6 +113,20 @@ def test_steps_beyond_the_passes_that_are_allowed_and_chosen_examples_are_refuse
 def test_answers_of_few_examples_are_refused(least: int, refused: bool, data: Path, tmp_path: Path) -> None:
     said = Server(data, tmp_path, Policy(min_examples=least)).ask()
     assert ("12 training examples, at least 13 are wanted" in said) == refused
+
+
+SCORES: dict[str, Any] = {"kind": "evaluate", "split": "val", "view": "personal"}
+TUNED: dict[str, Any] = {**SCORES, "finetune_epochs": 1, "finetune_lr": 0.1}
+
+
+@pytest.mark.parametrize(("asked", "refused"), [({"kind": "describe"}, True), (TUNED, True), (SCORES, False)])
+def test_spectra_and_fine_tuning_of_few_examples_are_refused_too(
+    asked: dict[str, Any], refused: bool, data: Path, tmp_path: Path
+) -> None:
+    """The mean spectrum of a client of one image is that image's, and scores after fine-tuning tell of what it was trained on."""
+    said = Server(data, tmp_path, Policy(min_examples=13), "omnifm").ask(**asked)
+    assert said.endswith("policy: 12 training examples, at least 13 are wanted") if refused else said == "reply: "
+    assert Server(data, tmp_path / "b", Policy(min_examples=12), "omnifm").ask(**asked) == "reply: "
 
 
 def test_a_damaged_file_is_named_to_the_server_without_its_folder(data: Path, tmp_path: Path) -> None:
