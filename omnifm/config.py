@@ -180,7 +180,9 @@ class PrivacyConfig(Section):
     )
     secure_aggregation: bool = Field(False, description="The server learns the sum of the updates and no client's own.")
     secure_range: Real = Field(8.0, gt=0.0, description="Largest change of a weight in a round that is added up; others are cut.")
-    secure_threshold: Real = Field(0.67, gt=0.5, le=1.0, description="Share of a round's clients that must stay to its end.")
+    secure_threshold: Real = Field(
+        0.67, gt=0.5, le=1.0, description="Share of a round's clients that must stay to its end; three always must."
+    )
 
     @model_validator(mode="after")
     def _has_a_scale(self) -> "PrivacyConfig":

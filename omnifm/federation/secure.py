@@ -44,8 +44,8 @@ class Inner(Protocol):
 
 
 def threshold(privacy: PrivacyConfig, parties: int) -> int:
-    """Return how many of a round's clients must stay to the end: the configured share, and more than half."""
-    return max(parties // 2 + 1, math.ceil(privacy.secure_threshold * parties - 1e-9))
+    """Return how many of a round's clients must stay to the end: the configured share, more than half, and never two."""
+    return max(LEAST, parties // 2 + 1, math.ceil(privacy.secure_threshold * parties - 1e-9))
 
 
 def ring(privacy: PrivacyConfig, parties: int) -> Ring:

@@ -19,7 +19,7 @@ from omnifm.federation.messages import Reply, Request
 from omnifm.federation.rounds import run_rounds
 from omnifm.federation.secure import SecureEngine
 from omnifm.federation.strategy import Strategy
-from tests.support import Altered, Lab, Spy, Wire, make_lab, spy
+from tests.support import HOSPITALS, Altered, Lab, Spy, Wire, make_lab, spy
 
 SECURE = {"privacy__secure_aggregation": True}
 CLASSES: dict[str, type[Strategy]] = {name: build.lookup(build.STRATEGIES, "strategy", name) for name in build.STRATEGIES}
@@ -137,6 +137,16 @@ def test_below_the_threshold_the_round_fails_in_one_line(step: str, tmp_path: Pa
     lab = lab_of(tmp_path, **SECURE)
     with pytest.raises(FederationError, match=f"secure aggregation, step {step}: 2 of 4 clients are left, 3 are needed"):
         round_of(lab, Leaving(lab.engine, {"b": step, "d": step}))
+
+
+def test_no_sum_of_two_clients_is_released_whatever_the_threshold(tmp_path: Path) -> None:
+    """With .51 two of three were enough, and each of the two had the other's update."""
+    low = {"privacy__secure_threshold": 0.51, **SECURE}
+    assert [secure.threshold(make_lab(tmp_path, **low).config.privacy, n) for n in (3, 4, 5, 7, 8)] == [3, 3, 3, 4, 5]
+    for step in ("advertise", "share", "mask", "unmask"):
+        lab = lab_of(tmp_path / step, hospitals=HOSPITALS[:3], **low)
+        with pytest.raises(FederationError, match=f"secure aggregation, step {step}: 2 of 3 clients are left, 3 are needed"):
+            round_of(lab, Leaving(lab.engine, {"b": step}))
 
 
 BENT: dict[str, Callable[[Reply], Reply]] = {
