@@ -321,6 +321,7 @@ def make_federation(
         holds=strategy.holds,
         longest=longest_update(config.security, privacy),
         skips=skips,
+        drops=skips and privacy.secure_aggregation,
         counted=privacy.example_clip > 0 or privacy.prototype_clip > 0,
         noise=Noise(privacy, config.seed) if privacy.noise_multiplier else None,
         compression=Compression(config.compression, strategy.buffers),

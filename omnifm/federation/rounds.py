@@ -58,6 +58,7 @@ class Federation:
         holds: names of the tensors that a client has; a client that is not here has all of them.
         longest: largest norm of a client's update; 0: any.
         skips: whether a round goes on without a client whose reply is refused; otherwise the run ends.
+        drops: whether the engine refuses replies by itself, as secure aggregation does, and leaves their clients out.
         counted: whether a statement of privacy rests on `num_train`, so that a client with another number is refused.
         noise: what is added to the mean; None: nothing.
         compression: how clients make what they upload smaller.
@@ -72,6 +73,7 @@ class Federation:
     holds: Mapping[str, frozenset[str]] = field(default_factory=dict)
     longest: float = 0.0
     skips: bool = False
+    drops: bool = False
     counted: bool = False
     noise: Noise | None = None
     compression: Compression = field(default_factory=lambda: Compression(CompressionConfig()))
@@ -128,7 +130,7 @@ def _round(federation: Federation, server: ServerState, index: int, recorder: Re
         losses[reply.client] = (reply.metrics["loss"], reply.num_examples)
         recorder.event(_client_event(reply, index, asked))
     missing = post.missing()
-    if missing and not federation.config.min_replies:
+    if missing and not (federation.config.min_replies or federation.drops):
         raise FederationError(f"round {index}: no reply from client {missing[0]}")
     if not losses:
         raise FederationError(f"round {index}: no client's reply {'counts' if federation.skips else 'is finite'}")

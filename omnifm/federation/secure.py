@@ -169,26 +169,29 @@ class SecureEngine:
         """Yield the replies of all clients that stayed; those to training requests carry the mean of the shared tensors.
 
         Raises:
-            FederationError: fewer clients stayed than the threshold, or one broke the protocol.
+            FederationError: fewer clients stayed than the threshold, or one broke the protocol and `skip` is off.
         """
         listed = list(requests)  # who takes part must be known before the first is asked
         if any(request.kind != "train" for request in listed) or not listed:
             yield from self._inner.exchange(listed)
             return
+        if len(listed) < LEAST:
+            raise FederationError(
+                f"round {listed[0].round}: secure aggregation of {len(listed)} clients, at least {LEAST} are needed"
+            )
         plan = Plan(seeds.secret(16), len(listed), threshold(self._privacy, len(listed)), ring(self._privacy, len(listed)))
         scale = float(max(self._weight(self._num_train[request.client]) for request in listed))
         yield from self._sum(_Sum(listed, plan, scale, Server(plan)))
 
     def _sum(self, job: _Sum) -> Iterator[Reply]:
         nobody: dict[int, Mapping[int, bytes]] = {number: {} for number in range(len(job.requests))}
-        advertised = self._gather(job, job.step("advertise", nobody), lambda number, reply: unpack(reply.extra)[number])
-        keys = job.server.keys(advertised)
-        sealed = self._gather(job, job.step("share", dict.fromkeys(keys, keys)), lambda number, reply: unpack(reply.extra))
-        shares = job.server.shares(sealed)
-        replies = self._gather(job, {n: self._training(job, n, parts) for n, parts in shares.items()}, _take(job))
-        survivors = sorted(job.server.survivors())
+        keys = _at(job, job.server.keys, self._gather(job, job.step("advertise", nobody), _key(job)))
+        sealed = self._gather(job, job.step("share", dict.fromkeys(keys, keys)), _table(job.server.check_shares))
+        shares = _at(job, job.server.shares, sealed)
+        replies = self._gather(job, {n: self._training(job, n, parts) for n, parts in shares.items()}, _take(job, self._weight))
+        survivors = sorted(_at(job, job.server.survivors))
         asked = job.step("unmask", {number: {} for number in survivors}, survivors=survivors)
-        total = job.server.total(self._gather(job, asked, lambda number, reply: unpack(reply.extra)))
+        total = _at(job, job.server.total, self._gather(job, asked, _table(job.server.check_answer)))
         weights = sum(self._weight(reply.num_examples) for reply in replies.values()) / job.scale
         mean = restored(total / weights, job.requests[0].tensors)
         for number, reply in replies.items():
@@ -207,6 +210,8 @@ class SecureEngine:
             index = job.requests[0].round
             try:
                 guard.check_origin(reply, post.settle(reply), index)
+                if reply.kind == "train":  # once it is in the sum nobody can take it out
+                    guard.check_upload(replace(reply, tensors={}), index, {}, 0.0)
                 found[numbers[reply.client]] = self._read(reply, index, numbers[reply.client], read)
             except FederationError as error:
                 if not self._skip:
@@ -222,7 +227,43 @@ class SecureEngine:
             raise FederationError(f"{guard.label(reply, index)}: {error}") from None
 
 
-def _take(job: _Sum) -> Callable[[int, Reply], Reply]:
+def _at(job: _Sum, step: Callable[..., T], *given: Any) -> T:
+    """Return what a step of the protocol's server gives. Raises FederationError naming the round if too few clients are left."""
+    try:
+        return step(*given)
+    except FederationError as error:
+        raise FederationError(f"round {job.requests[0].round}: {error}") from None
+
+
+def _key(job: _Sum) -> Callable[[int, Reply], bytes]:
+    """Return what reads the keys that a client advertises."""
+    seen: set[bytes] = set()
+
+    def read(number: int, reply: Reply) -> bytes:
+        sent = unpack(reply.extra)
+        if sent.keys() != {number}:
+            raise FederationError("secure aggregation, step advertise: it did not send its own keys and no others")
+        job.server.check_key(sent[number])
+        if sent[number] in seen:
+            raise FederationError("secure aggregation, step advertise: its keys are another client's")
+        seen.add(sent[number])
+        return sent[number]
+
+    return read
+
+
+def _table(check: Callable[[int, Mapping[int, bytes]], None]) -> Callable[[int, Reply], dict[int, bytes]]:
+    """Return what reads a table of shares that `check` finds whole."""
+
+    def read(number: int, reply: Reply) -> dict[int, bytes]:
+        sent = unpack(reply.extra)
+        check(number, sent)
+        return sent
+
+    return read
+
+
+def _take(job: _Sum, weight: Callable[[int], int]) -> Callable[[int, Reply], Reply]:
     """Return what adds a masked vector to the sum and keeps the rest of the reply."""
     length = sum(tensor.numel() for tensor in job.requests[0].tensors.values())
 
@@ -230,6 +271,8 @@ def _take(job: _Sum) -> Callable[[int, Reply], Reply]:
         masked = reply.extra.get(_MASKED)
         if masked is None or masked.dtype is not torch.int32 or masked.shape != (length,) or reply.tensors:
             raise FederationError("the reply to secure aggregation is no masked vector")
+        if weight(reply.num_examples) > job.scale:
+            raise FederationError(f"the reply stands for {reply.num_examples} examples, more than the server knows of")
         job.server.add(number, masked.numpy().view(np.uint32))
         extra = {name: tensor for name, tensor in reply.extra.items() if name != _MASKED}
         sizes = size_by_group({}, {_MASKED: masked})

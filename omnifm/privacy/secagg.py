@@ -29,6 +29,8 @@ from omnifm.privacy import crypto, shamir
 from omnifm.privacy.ring import Reals, Ring, Words, mask
 
 _SHARES = 2 * shamir.SHARE_BYTES
+_ANYBODY = bytes(range(crypto.KEY_BYTES))
+"""A private key of no secret: every public key of low order gives 0 with it, as with any other."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,17 @@ class Client:
             raise FederationError("secure aggregation, step mask: a number is not finite")
         masked = self._plan.ring.encode(values) + mask(self._seed, len(values))
         for party, sealed in shares.items():
-            key = self._plan.seal_key(self._number, self._seal, party, self._keys[party][0], party)
-            self._received[party] = crypto.unseal(key, sealed, self._plan.session)
+            self._received[party] = self._unsealed(party, sealed)
             pad = mask(self._plan.mask_seed(self._number, self._mask, party, self._keys[party][1]), len(values))
             masked += pad if party > self._number else -pad
         return masked
+
+    def _unsealed(self, party: int, sealed: bytes) -> bytes:
+        key = self._plan.seal_key(self._number, self._seal, party, self._keys[party][0], party)
+        try:
+            return crypto.unseal(key, sealed, self._plan.session)
+        except FederationError as error:
+            raise FederationError(f"secure aggregation, step mask: the shares from party {party}: {error}") from None
 
     def unmask(self, survivors: Collection[int]) -> dict[int, bytes]:
         """Step 4: return a share of each party: of its seed if its vector came, of its mask key if not; never both."""
@@ -154,11 +162,27 @@ class Server:
         self._masked: set[int] = set()
         self._total: Words | None = None
 
+    @staticmethod
+    def check_key(key: bytes) -> None:
+        """Raise FederationError unless a party advertised two public keys, neither of low order: no other party could use it."""
+        for half in _halves(key):
+            crypto.agree(_ANYBODY, half)
+
+    def check_shares(self, party: int, parts: Mapping[int, bytes]) -> None:
+        """Raise FederationError unless a party shared with all others of U1. Whether a share opens its receiver alone can see."""
+        if parts.keys() != self._keys.keys() - {party} or any(len(p) != _SHARES + crypto.TAG_BYTES for p in parts.values()):
+            raise FederationError(f"secure aggregation, step share: what party {party} sent is not a share for everybody")
+
+    def check_answer(self, party: int, parts: Mapping[int, bytes]) -> None:
+        """Raise FederationError unless a party of U3 answered with one share of each of U2."""
+        if parts.keys() != self._sharing or any(len(p) != shamir.SHARE_BYTES for p in parts.values()):
+            raise FederationError(f"secure aggregation, step unmask: what party {party} sent is not one share of each")
+
     def keys(self, advertised: Mapping[int, bytes]) -> dict[int, bytes]:
         """After step 1: return what every client of U1 is sent."""
         self._plan.require(advertised, "advertise")
         for key in advertised.values():
-            _halves(key)
+            self.check_key(key)
         self._keys = dict(advertised)
         return self._keys
 
@@ -166,8 +190,7 @@ class Server:
         """After step 2: return, by receiver, the sealed shares of all other parties of U2."""
         self._plan.require(sealed, "share", self._keys)
         for party, parts in sealed.items():
-            if parts.keys() != self._keys.keys() - {party} or any(len(p) != _SHARES + crypto.TAG_BYTES for p in parts.values()):
-                raise FederationError(f"secure aggregation, step share: what party {party} sent is not a share for everybody")
+            self.check_shares(party, parts)
         self._sharing = frozenset(sealed)
         return {receiver: {p: sealed[p][receiver] for p in sealed if p != receiver} for receiver in sealed}
 
