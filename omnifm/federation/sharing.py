@@ -117,7 +117,8 @@ def write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def require_finite(tensors: Mapping[str, Tensor], who: str, complaint: str) -> None:
     """Raise NotFiniteError if a value is not: what stays at the client or becomes a score is seen by no later check."""
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+    # A sum is not finite if any element is not, and quick; of finite elements it may overflow.
+    if not all(bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise NotFiniteError(f"{who}: {complaint}")
 
 

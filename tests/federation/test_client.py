@@ -1,3 +1,4 @@
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -5,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,8 +17,9 @@ from omnifm.federation.messages import Request
 from omnifm.federation.optimisers import build_optimiser, learning_rate
 from omnifm.federation.strategy import Step
 from omnifm.metrics.base import Metric, Scores
-from omnifm.tasks.base import Batch, Features, Inputs, Reading
-from tests.support import HOSPITALS, Lab, Spy, differing, make_lab, spy
+from omnifm.tasks.base import Batch, Features, Inputs, Picture, Reading
+from omnifm.track.examples import save_examples
+from tests.support import HOSPITALS, Lab, MemorySplit, Spy, differing, make_lab, spy
 
 ONE = HOSPITALS[:1]
 
@@ -222,6 +225,19 @@ def test_a_strategy_that_tolerates_it_gives_that_client_no_score(tmp_path: Path)
     for settings in ({"view": "personal"}, {"view": "personal", "finetune_epochs": 1, "finetune_lr": 0.0}, {"view": "global"}):
         reply = lab.site.handle(Request("evaluate", 1, "b", server.shared, settings={"split": "test", **settings}))
         assert not reply.extra
+
+
+def test_a_client_whose_predictions_are_not_finite_has_no_pictures(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, "median", federation__rounds=1)
+    server = lab.run()
+    test = lab.task.client_data("d").test
+    assert isinstance(test, MemorySplit)
+    test.images.fill_(math.nan)
+    square = np.zeros((2, 2), np.uint8)
+    lab.task.picture = lambda prediction, batch, index: Picture((("image", square),))  # type: ignore[method-assign]
+    save_examples(tmp_path / "examples", lab.site, lab.strategy, server, 1)
+    shown = json.loads((tmp_path / "examples/examples.json").read_text(encoding="utf-8"))
+    assert {picture["client"] for picture in shown} == {"a", "b", "c"}
 
 
 def test_the_global_random_state_is_left_alone(tmp_path: Path) -> None:

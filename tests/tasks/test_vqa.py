@@ -224,10 +224,6 @@ def test_configs_that_cannot_be(folder: Path) -> None:
         config = raw_config(folder, model="llava")
         grey = parse({**config, "data": {**config["data"], "channels": 1}})
         build.make_task(grey, load_data(grey))
-    with pytest.raises(ConfigError, match=r"^model\.weights: tasks\.vqa\.model = 'llava' reads its weights from"):
-        config = raw_config(folder, model="llava")
-        loaded = parse({**config, "model": {**config["model"], "weights": str(folder / "trunk.safetensors")}})
-        build.make_task(loaded, load_data(loaded))
     with pytest.raises(ConfigError, match=r"tasks.vqa.prompt: holds no \{question\}"):
         make(folder, model="llava", prompt="Well?")
     with pytest.raises(ConfigError, match=r"language: .* holds no tokenizer.json"):

@@ -1,4 +1,4 @@
-"""What is left to share where the head is all that trains, and images that questions of several splits share."""
+"""What is left to share where the head is all that trains, weights for no trunk, and images that several splits share."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +34,16 @@ def test_an_average_of_nothing_is_refused(
             build.make_schedule(config, site, clients)
     else:
         build.make_schedule(config, site, clients)
+
+
+def test_a_file_of_a_trunks_weights_is_refused_by_what_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(build.TASKS, "vqa", "omnifm.tasks.vqa:Vqa")
+    write_questions(tmp_path / "scan", "scan", "MRI")
+    write_questions(tmp_path / "echo", "echo", "US", image_disjoint="1")
+    raw = raw_config(tmp_path, model="llava")
+    config = parse({**raw, "model": {**raw["model"], "weights": "trunk.safetensors"}})
+    with pytest.raises(ConfigError, match=r"^model\.weights: tasks\.vqa\.model = 'llava' reads its weights from"):
+        build.make_task(config, build.load_data(config))
 
 
 def test_test_questions_about_images_of_training_are_in_the_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
