@@ -13,7 +13,7 @@ from omnifm.config import Config, digest, load
 from omnifm.data.orient import Affine, Rows, turned
 from omnifm.data.partition import plans_digest
 from omnifm.data.readers import Image, read_image, read_slice
-from omnifm.errors import CheckpointError, ConfigError, DataError
+from omnifm.errors import CheckpointError, ConfigError, DataError, NotFiniteError
 from omnifm.federation.messages import Request
 from omnifm.federation.rounds import held
 from omnifm.predict.cases import Case
@@ -91,7 +91,10 @@ class Session:
     def _in_parts(self, batch: Batch) -> Tensor:
         """Predict a few slices at a time: a volume has hundreds."""
         parts = torch.arange(len(batch.image)).split(4 * self.config.optimiser.batch_size)
-        return torch.cat([self._predict(_part(batch, part)) for part in parts])
+        try:
+            return torch.cat([self._predict(_part(batch, part)) for part in parts])
+        except NotFiniteError:
+            raise DataError("the prediction is not finite") from None
 
 
 def _part(batch: Batch, index: Tensor) -> Batch:

@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from omnifm.errors import DataError
 from omnifm.federation.client import Site
 from omnifm.federation.messages import Request
 from omnifm.federation.rounds import held
 from omnifm.predict.cases import Case
 from omnifm.predict.session import open_run
+from omnifm.tasks.base import Model, Output
 from tests.cli.command import Command
 from tests.predict.files import series
 from tests.run.jobs import SIDE
@@ -77,6 +79,15 @@ def test_the_bank_of_the_server_comes_with_the_request(finished: Finished, monke
     open_run(run, CLIENT)
     assert (seen[0].client, seen[0].round) == (CLIENT, 3)
     assert torch.equal(seen[0].extra["bank/vectors"], load_file(run / "bank/round-0002.safetensors")["vectors"])
+
+
+def test_a_network_that_says_nan_is_the_case_s_problem_and_the_next_is_taken(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    session = open_run(finished("fedavg"), CLIENT)
+    monkeypatch.setattr(Model, "forward", lambda self, inputs: Output(inputs.image.flatten(1)[:, :4] * float("nan")))
+    with pytest.raises(DataError, match=r"x\.png: the prediction is not finite$"):
+        session.answer(Case("x", (picture(tmp_path / "x.png"),)))
 
 
 def test_another_clients_model_and_another_round_say_something_else(finished: Finished, tmp_path: Path) -> None:
