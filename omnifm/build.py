@@ -218,17 +218,17 @@ def make_strategy(config: Config, data: Data, task: Task) -> Strategy:
     """Return the strategy of the run."""
     found, options = strategy_options(config)
     clients = tuple(ClientInfo(plan.id, plan.modality) for plan in data.plans)
-    return found(options, make_context(config, clients, task, pooled=found.pooled))
+    return found(options, make_context(config, clients, task))
 
 
-def make_context(config: Config, clients: tuple[ClientInfo, ...], task: Task, *, pooled: bool) -> Context:
-    """Return what a strategy is told of the federation. Statistics that a client keeps are everybody's where data are pooled."""
-    federation, buffers = config.federation, config.model.buffers
+def make_context(config: Config, clients: tuple[ClientInfo, ...], task: Task) -> Context:
+    """Return what a strategy is told of the federation."""
+    federation = config.federation
     return Context(
         clients,
         config.seed,
         federation.rounds,
-        buffers="average" if pooled and buffers == "local" else buffers,
+        buffers=config.model.buffers,
         one_label_space=task.one_label_space,
         weighting=federation.weighting,
         label_count=task.label_count,

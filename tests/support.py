@@ -321,7 +321,7 @@ def make_lab(
 def make_strategy(config: Config, hospitals: Sequence[Hospital], task: Task) -> Strategy:
     found, options = build.strategy_options(config)
     infos = tuple(ClientInfo(h.id, h.modality) for h in hospitals)
-    return found(options, build.make_context(config, infos, task, pooled=found.pooled))
+    return found(options, build.make_context(config, infos, task))
 
 
 class Spy:

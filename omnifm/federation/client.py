@@ -207,7 +207,9 @@ class Site:
 
     def _install(self, request: Request) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Put shared and private tensors into the model; return the strategy's private tensors, and the residual."""
-        saved = self._store.load(request.client, request.round, request.settings.get("void", ()))
+        # Where data are pooled, what stays private is everybody's: no client but the pool ever trains.
+        owner = POOLED if self.strategy.pooled else request.client
+        saved = self._store.load(owner, request.round, request.settings.get("void", ()))
         private = {name: tensor for name, tensor in saved.items() if not name.startswith((STATE, RESIDUAL))}
         missing = set(self._of(request.client, self.sharing.shared)) - set(request.tensors)
         if missing:
@@ -359,8 +361,11 @@ class Site:
     def _predict(self, job: LocalJob, batch: Batch) -> Tensor:
         """Return the model's predictions for a batch, on the CPU. Raises NotFiniteError if what the network says is not."""
         self.model.eval()
-        with sharing.finite_predictions(self.model, f"client {job.client}, round {job.round}"):
-            return self._answer(job, batch)
+        who = f"client {job.client}, round {job.round}"
+        with sharing.finite_predictions(self.model, who):
+            prediction = self._answer(job, batch)
+        sharing.require_finite({"": prediction}, who, sharing.PREDICTION)
+        return prediction
 
     @torch.no_grad()
     def _answer(self, job: LocalJob, batch: Batch) -> Tensor:
@@ -374,9 +379,7 @@ class Site:
         metric, split = self.task.metric(request.client), data.split(request.settings["split"])
         for index in torch.arange(len(split)).split(4 * self._config.optimiser.batch_size):
             batch = split.batch(index)
-            prediction = answer(batch)
-            sharing.require_finite({"": prediction}, request.label, sharing.PREDICTION)
-            metric.update(prediction, batch.target, batch.row, batch.side)
+            metric.update(answer(batch), batch.target, batch.row, batch.side)
         state = metric.state()
         sharing.require_finite(state, request.label, sharing.PREDICTION)
         return state
