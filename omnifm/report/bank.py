@@ -182,7 +182,7 @@ def spread(run: Run) -> Figure | None:
         "A line that falls by orders of magnitude is a collapse: all images come to look alike."
     )
     data = _by_modality(run, lambda event: event.spread or None)  # a logarithm has no zero
-    return _lines(run, data, ("spread", "Spread", caption), {"type": "log"})
+    return _lines(run, data, ("spread", "Spread", caption), {"type": "log", "dtick": 1, "exponentformat": "power"})
 
 
 def _by_modality(run: Run, value: Callable[[ClientEvent], float | None]) -> list[Trace]:
