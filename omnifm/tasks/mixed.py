@@ -93,7 +93,7 @@ class MixedBackbone(Backbone):
         seed: draws the maps.
     """
 
-    def __init__(self, nets: Mapping[str, Backbone], token_dim: int, seed: int = 0) -> None:
+    def __init__(self, nets: Mapping[str, Backbone], token_dim: int, seed: int) -> None:
         super().__init__()
         self.token_dim = token_dim
         self.group = _groups(nets)
@@ -110,7 +110,7 @@ class MixedBackbone(Backbone):
 class MixedHead(Head):
     """One head per task, each behind a map to its own token width, which `seed` draws."""
 
-    def __init__(self, heads: Mapping[str, Head], widths: Mapping[str, int], token_dim: int, seed: int = 0) -> None:
+    def __init__(self, heads: Mapping[str, Head], widths: Mapping[str, int], token_dim: int, seed: int) -> None:
         super().__init__()
         self.heads = nn.ModuleDict(heads)
         self.leave = nn.ModuleDict({task: _linear(token_dim, width, seed, "leave", task) for task, width in widths.items()})
